@@ -1,0 +1,1 @@
+"""The configuration groups, shipped as package `spepolicy_conf` (Hydra: `pkg://spepolicy_conf`)."""

@@ -1,0 +1,1 @@
+"""Statistical Profiling Extension policies for KVM, tried before they are written."""

@@ -1,0 +1,272 @@
+"""From a composed configuration to what the machine understands.
+
+`to_scenario` checks every value against `spepolicy.schema` and against the others, and converts it to the integers of
+`spepolicy.machine.scenario`. `register` hands the schema to Hydra. A configuration is accepted as Hydra composed it or
+as plain containers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
+from spepolicy.errors import ConfigurationError, nearest
+from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.scenario import (
+    PAGE_BYTES,
+    Costs,
+    Cpu,
+    Guest,
+    Host,
+    HostKind,
+    IrqDelivery,
+    Kvm,
+    OpType,
+    Scenario,
+    SessionMode,
+)
+from spepolicy.schema import (
+    EVENT_BITS,
+    EVENT_SINCE,
+    HOST_KINDS,
+    CostSettings,
+    CpuSettings,
+    FilterSettings,
+    GuestSettings,
+    KvmSettings,
+    RandomOpSettings,
+    Root,
+    TrackingSettings,
+    settings_of,
+)
+from spepolicy.units import format_count, format_size
+
+__all__ = ["Options", "host_notes", "register", "to_options", "to_scenario"]
+
+RANDOM_OPS = {op.name.lower(): op for op in HostOp if op is not HostOp.NONE}
+UNLIMITED = "unlimited"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run needs besides the scenario."""
+
+    task: str
+    replicates: int
+    threads: int | None
+    baselines: tuple[str, ...]
+    tracking: Mapping[str, Any]  # kind, uri, experiment, run_name
+
+
+def register() -> None:
+    """Store the schema in Hydra's ConfigStore: `root` for config.yaml, `schema/host/KIND` for files of group host."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="root", node=Root, provider="spepolicy")
+    for kind, cls in HOST_KINDS.items():
+        store.store(group="schema/host", name=kind, node=cls, provider="spepolicy")
+
+
+def to_scenario(cfg: Any) -> Scenario:
+    """Return the scenario that *cfg* describes.
+
+    *cfg*: an omegaconf DictConfig or plain mapping with the groups guest, workload, host, cpu, kvm and costs, and with
+    seed and duration. Raises `ConfigurationError` for a value with a wrong type, unit or range or that does not fit
+    another, and `RecordingError` for a recording that cannot be read.
+    """
+    from spepolicy.workload import build_workload
+
+    config = plain(cfg)
+    root = settings_of(Root)
+    known_keys(config, {item.name: item for item in fields(Root)}, "")
+    cpu = _cpu(group_at(config, "cpu"))
+    guest = _guest(group_at(config, "guest"), cpu)
+    return Scenario(
+        workload=build_workload(group_at(config, "workload"), where="workload", cycle_ps=cpu.cycle_ps),
+        duration_ps=checked(value_at(config, "duration"), root["duration"], "duration"),
+        cpu=cpu,
+        guest=guest,
+        kvm=_kvm(group_at(config, "kvm")),
+        costs=Costs(**checked_fields(group_at(config, "costs"), CostSettings, "costs")),
+        host=_host(group_at(config, "host"), guest),
+        seed=checked(value_at(config, "seed"), root["seed"], "seed"),
+    )
+
+
+def to_options(cfg: Any) -> Options:
+    """Return the settings of *cfg* that are no part of the scenario, checked as `to_scenario` does."""
+    config = plain(cfg)
+    root = settings_of(Root)
+    threads = value_at(config, "threads")
+    tracking = group_at(config, "tracking")
+    known_keys(tracking, settings_of(TrackingSettings), "tracking")
+    checked(value_at(tracking, "kind", "tracking."), settings_of(TrackingSettings)["kind"], "tracking.kind")
+    return Options(
+        task=checked(value_at(config, "task"), root["task"], "task"),
+        replicates=checked(value_at(config, "replicates"), root["replicates"], "replicates"),
+        threads=None if threads is None else checked(threads, root["threads"], "threads"),
+        baselines=tuple(checked(value_at(config, "baselines"), root["baselines"], "baselines")),
+        tracking=tracking,
+    )
+
+
+def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:
+    """Return the lines that a summary must state about the host of *scenario*: what it is, and what is assumed."""
+    if scenario.host.kind is HostKind.SILENT:
+        return ("Host: silent, it never touches the guest's memory.",)
+    if scenario.host.kind is HostKind.RANDOM:
+        return ("Host: random operations; their rates are assumptions (conf/host/random.yaml), not measurements.",)
+    host = plain(cfg)["host"]
+    recording: Any = scenario.host.recording
+    return (
+        f"Host: recording '{recording.scenario or host['path']}' of {recording.kernel or 'an unknown kernel'}, "
+        f"{len(recording)} events in {recording.duration_us / 1e6:.1f} s, played at "
+        f"{host['time_scale']:g} recording seconds per simulated second (host.time_scale, an assumption: order, counts "
+        "and addresses are real, durations are those of an emulator).",
+    )
+
+
+def plain(cfg: Any) -> Mapping[str, Any]:
+    """Return *cfg* as plain containers, interpolations resolved."""
+    if isinstance(cfg, dict):
+        return cfg
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _cpu(values: Mapping[str, Any]) -> Cpu:
+    cpu = Cpu(**checked_fields(values, CpuSettings, "cpu"))
+    if cpu.align_bytes > cpu.max_record_bytes:
+        raise ConfigurationError(
+            f"cpu.align={values['align']}: larger than cpu.max_record={values['max_record']}. A record is a multiple "
+            f"of its alignment (spe.md 1.9). Set cpu.align={values['max_record']} or cpu.max_record={values['align']}."
+        )
+    if cpu.counter_bits not in (12, 16):
+        raise ConfigurationError(
+            f"cpu.counter_bits={cpu.counter_bits}: PMSIDR_EL1.CountSize knows 12 and 16 only (spe.md 1.5). "
+            "Set cpu.counter_bits=12 or cpu.counter_bits=16."
+        )
+    if cpu.spe_version >= 4 and not cpu.hardware_access_flag:
+        raise ConfigurationError(
+            f"cpu.hardware_access_flag=false: not permitted with cpu.spe_version={cpu.spe_version}; from SPEv1p3 (4) "
+            "on the SPU manages the access flag like any access (spe.md 1.9). Set cpu.hardware_access_flag=true, or "
+            "cpu.spe_version=3 or less."
+        )
+    return cpu
+
+
+def _guest(values: Mapping[str, Any], cpu: Cpu) -> Guest:
+    chosen = checked_fields(values, GuestSettings, "guest", special=("filter",))
+    chosen["session"] = SessionMode[chosen["session"].upper()]
+    chosen |= _filter(group_at(values, "filter", "guest."), cpu)
+    guest = Guest(**chosen)
+    if not (guest.profile_user or guest.profile_kernel):
+        raise ConfigurationError(
+            "guest.profile_user=false and guest.profile_kernel=false: nothing is profiled. At least one exception "
+            "level must be. Set guest.profile_user=true or guest.profile_kernel=true."
+        )
+    needed = 4 * guest.vcpus * guest.buffer_pages
+    if needed > guest.ram_pages:
+        remedy = 1 << (needed - 1).bit_length()
+        raise ConfigurationError(
+            f"guest.buffer={values['buffer']}: too large for guest.memory={values['memory']} with "
+            f"guest.vcpus={guest.vcpus}. The AUX rings of all vCPUs may take a quarter of the memory. "
+            f"Set guest.memory={format_size(remedy * PAGE_BYTES)} or a smaller buffer."
+        )
+    return guest
+
+
+def _filter(values: Mapping[str, Any], cpu: Cpu) -> dict[str, int]:
+    chosen = checked_fields(values, FilterSettings, "guest.filter")
+    types = {"branch": OpType.BRANCH, "load": OpType.LOAD, "store": OpType.STORE}
+    largest = (1 << cpu.counter_bits) - 1
+    if chosen["min_latency_cycles"] > largest:
+        raise ConfigurationError(
+            f"guest.filter.min_latency={values['min_latency']}: more than the latency counter can hold, {largest} with "
+            f"cpu.counter_bits={cpu.counter_bits}. Set guest.filter.min_latency={largest} or less."
+        )
+    for event in values["events"]:
+        since = EVENT_SINCE.get(event, 1)
+        if cpu.spe_version < since:
+            raise ConfigurationError(
+                f"guest.filter.events=[{event}]: cpu.spe_version={cpu.spe_version} cannot filter by it (spe.md 1.4). "
+                f"Set cpu.spe_version={since} or more, or leave the event out."
+            )
+    return {
+        "type_filter": sum(int(bit) for name, bit in types.items() if values[name]),
+        "event_filter": sum(1 << EVENT_BITS[event] for event in set(values["events"])),
+        "min_latency_cycles": chosen["min_latency_cycles"],
+    }
+
+
+def _kvm(values: Mapping[str, Any]) -> Kvm:
+    unlimited = value_at(values, "memlock", "kvm.") == UNLIMITED
+    chosen = checked_fields(values, KvmSettings, "kvm", special=("memlock",) if unlimited else ())
+    chosen["irq_delivery"] = IrqDelivery[chosen["irq_delivery"].upper()]
+    return Kvm(**chosen, memlock_unlimited=unlimited)
+
+
+def _host(values: Mapping[str, Any], guest: Guest) -> Host:
+    kind = value_at(values, "kind", "host.")
+    if kind not in HOST_KINDS:
+        raise ConfigurationError(
+            f"host.kind={kind}: must be one of {', '.join(HOST_KINDS)}.{nearest(str(kind), HOST_KINDS)} "
+            "Choose a file of conf/host/ with host=NAME instead of setting it."
+        )
+    if kind == "random":
+        known_keys(values, {"kind": None, "ops": None}, "host")
+        return Host(kind=HostKind.RANDOM, random_ops=_random_ops(group_at(values, "ops"), guest))
+    settings = settings_of(HOST_KINDS[kind])
+    known_keys(values, settings, "host")
+    if kind == "silent":
+        return Host(kind=HostKind.SILENT)
+    path = checked(value_at(values, "path", "host."), settings["path"], "host.path")
+    scale = checked(value_at(values, "time_scale", "host."), settings["time_scale"], "host.time_scale")
+    return Host(kind=HostKind.RECORDED, recording=_recording(path, guest), time_scale_q16=round(scale * (1 << 16)))
+
+
+def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int, int], ...]:
+    """Return a row an operation, by HostOp number: the order of the draws must not depend on the order in a file."""
+    known_keys(values, RANDOM_OPS, "host.ops")
+    settings = settings_of(RandomOpSettings)
+    rows = []
+    for name, entry in values.items():
+        where = f"host.ops.{name}"
+        if not isinstance(entry, Mapping):
+            raise ConfigurationError(
+                f"{where}={entry}: needs a rate and a size. Write {where}={{every: 10ms, pages: 1}}."
+            )
+        known_keys(entry, settings, where)
+        every_ps = checked(value_at(entry, "every", f"{where}."), settings["every"], f"{where}.every")
+        pages = checked(value_at(entry, "pages", f"{where}."), settings["pages"], f"{where}.pages")
+        if pages > guest.ram_pages:
+            raise ConfigurationError(
+                f"{where}.pages={pages}: more than the guest has, {format_count(guest.ram_pages)}. "
+                f"Set {where}.pages={guest.ram_pages} or less, or a larger guest.memory."
+            )
+        if every_ps:
+            rows.append((int(RANDOM_OPS[name]), every_ps, pages))
+    return tuple(sorted(rows))
+
+
+def _recording(path: str, guest: Guest) -> Any:
+    from spepolicy.recording import open_recording
+
+    recording = open_recording(path if "/" not in path else str(Path(path).expanduser()))
+    if recording.ram_pages > guest.ram_pages:
+        needed = 1 << (recording.ram_pages - 1).bit_length()
+        raise ConfigurationError(
+            f"host.path={path}: recorded from a guest of {format_size(recording.ram_pages * PAGE_BYTES)}, larger than "
+            f"this one. Set guest.memory={format_size(needed * PAGE_BYTES)} or more, or choose another host."
+        )
+    return recording

@@ -1,0 +1,177 @@
+"""The contract between spepolicy and its plugins. A plugin author needs to read this file only.
+
+Order of calls in one run
+-------------------------
+1. `virtualization`, `traps`, `notifier_filter`       once, when the run is set up
+2. `vm_created`                                        once per batch, before the first vCPU runs
+3. `buffer_enabled`, `profiling_enabled`, `buffer_disabled`, `stage2_fault`
+                                                       once per batch each time vCPUs reach that point
+4. `vm_destroyed`                                      once per batch, when guests have ended
+5. `errata`                                            once, when the judge has finished
+6. `report_errata`                                     once, with all findings
+
+A *batch* holds vCPUs of many VMs ("lanes") that reached the same point; everything about it is an array over the batch. Policies may
+not call each other, may not keep state outside `vcpus.state` (a row a vCPU, dtype declared as `State` on the plugin),
+and see what KVM would see: registers, the results of walks that they paid for, their own state.
+One run has exactly one policy. Reporters and observers may be many.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spepolicy.batch import Vcpus, Vms
+    from spepolicy.judge.errata import Erratum, Findings
+    from spepolicy.machine.hostops import Notifier
+
+__all__ = ["Cause", "Event", "Trap", "doc", "hookimpl", "hookspec"]
+
+hookspec = pluggy.HookspecMarker("spepolicy")
+hookimpl = pluggy.HookimplMarker("spepolicy")
+
+
+class Trap(IntFlag):
+    """Which guest accesses trap to KVM. The hardware traps registers in two groups only (spe.md 1.11)."""
+
+    NONE = 0
+    PMB = 1  # MDCR_EL2.E2PB = 0b10: PMBLIMITR_EL1, PMBPTR_EL1, PMBSR_EL1
+    PMS = 2  # MDCR_EL2.TPMS = 1: PMSCR_EL1, PMSICR_EL1, PMSIRR_EL1, PMSFCR_EL1, PMSEVFR_EL1, PMSLATFR_EL1
+
+
+class Event(IntEnum):
+    """What KVM may tell the guest in PMBSR_EL1 (kvm.md 2.4)."""
+
+    STAGE1_ABORT = 1  # EC 0x24, translation fault: "your buffer is not mapped"
+    STAGE2_ABORT = 2  # EC 0x25 as the hardware reported it
+    EXTERNAL_ABORT = 3  # EC 0x24, FSC 0x10, EA: not allowed from SPEv1p3 on
+    IMPDEF = 4  # EC 0x1f, IMPLEMENTATION DEFINED buffer management event
+
+
+class Cause(IntEnum):
+    """What a policy may claim, and what the judge knows, to be the reason for a stage 2 fault."""
+
+    UNKNOWN = 0
+    NOT_PINNED = 1  # nothing wrong: the policy had not pinned or mapped the page yet
+    GUEST = 2  # the guest changed its translations
+    HOST = 3  # the host's memory management or the VMM took the page
+    KVM_BUG = 4
+    MIGRATION = 5
+
+
+def doc(text: str, *, unit: str = "", minimum: float | None = None, maximum: float | None = None,
+        choices: Sequence[str] = (), source: str = "") -> dict[str, Any]:
+    """Describe a field of a policy dataclass: `field(default=..., metadata=doc("what it does", unit="pages", minimum=0))`.
+
+    The description is shown by `python -m spepolicy +policy=NAME --help`; *minimum*, *maximum* and *choices* are checked
+    before a run starts.
+    """
+    return {"doc": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": tuple(choices), "source": source}
+
+
+class PolicySpec:
+    """Hooks that a policy may implement. All but `stage2_fault` are optional."""
+
+    # ---- set-up: once per run ---------------------------------------------------------------------------------------
+
+    @hookspec(firstresult=True)
+    def virtualization(self) -> bool | None:
+        """Say whether the workload runs in a VM at all. Once per run. Only a bare-metal baseline returns False.
+
+        With False there is no stage 2, no trap, no exit and no host event, and no other hook of this policy is called.
+        """
+
+    @hookspec(firstresult=True)
+    def traps(self) -> Trap | None:
+        """Return which register groups trap (`Trap`). Once per run. No implementation means `Trap.NONE`.
+
+        A hook that follows a register write (`buffer_enabled`, `profiling_enabled`, `buffer_disabled`) is called only if that
+        register traps: KVM does not see the others.
+        """
+
+    @hookspec(firstresult=True)
+    def notifier_filter(self) -> Notifier | None:
+        """Return the MMU notifier events that KVM ignores for pages which this policy holds pinned. Once per run.
+
+        An ignored event leaves the stage 2 entry in place even though the host has changed its own mapping, which avoids
+        a fault and risks *silent divergence*. No implementation means that every event is honoured, as mainline does.
+        """
+
+    # ---- pinning ----------------------------------------------------------------------------------------------------
+
+    @hookspec
+    def vm_created(self, vms: Vms) -> None:
+        """The VMM has set up its VM, no vCPU has run. Once per batch of VMs. `vms` offers `pin_all()`, `map_all()`.
+
+        Time spent here delays the start of the VM; it is not stolen from a running vCPU, but reported as start-up time.
+        """
+
+    @hookspec
+    def buffer_enabled(self, vcpus: Vcpus) -> None:
+        """A trapped write just made ProfilingBufferEnabled() true (PMBLIMITR_EL1.E=1 and PMBSR_EL1.S=0). Once per batch.
+
+        Needs `Trap.PMB`. The guest is stopped at the write; what the policy does here is charged to it.
+        """
+
+    @hookspec
+    def profiling_enabled(self, vcpus: Vcpus) -> None:
+        """A trapped write just enabled profiling at the current exception level, EL1. Once per batch.
+
+        That is: buffer enabled, and PMSCR_EL1.E1SPE set, after a write to PMSCR_EL1 (needs `Trap.PMS`) or to PMBLIMITR_EL1
+        or PMBSR_EL1 (needs `Trap.PMB`). NOT called for {E0SPE,E1SPE} = {1,0}: there profiling becomes enabled by the
+        ERET to EL0, which KVM does not see.
+        """
+
+    @hookspec
+    def buffer_disabled(self, vcpus: Vcpus) -> None:
+        """A trapped write just cleared PMBLIMITR_EL1.E, after the guest has drained. Once per batch. Needs `Trap.PMB`."""
+
+    @hookspec
+    def vm_destroyed(self, vms: Vms) -> None:
+        """The guests of this batch have ended. Once per batch. KVM then drops every pin that is left, and the judge counts those."""
+
+    # ---- fault handling ---------------------------------------------------------------------------------------------
+
+    @hookspec
+    def stage2_fault(self, faults: Vcpus) -> None:
+        """The SPU took a stage 2 fault: PMBSR_EL1.S=1, EC=0x25, profiling has stopped. Once per batch, after the exit.
+
+        Every vCPU in the batch must be answered: `resume()` after the mapping was repaired, or `inject(Event)`. One that is
+        not answered is an error (`HookError`). `faults.pmbptr` is the faulting VA, `faults.fault_status` the FSC,
+        `faults.data_loss` PMBSR_EL1.DL. Whether the cause was the guest, the host or KVM is not to be seen.
+        A policy may `claim(Cause)`; the judge compares.
+        """
+
+    # ---- erratum reporting: the policy's own part ---------------------------------------------------------------------
+
+    @hookspec
+    def errata(self) -> Sequence[Erratum] | None:
+        """Return the limitations that this policy documents, whether or not they occurred. Once per run."""
+
+
+class ReporterSpec:
+    """Hooks of erratum reporters. All implementations are called; results are concatenated."""
+
+    @hookspec
+    def report_errata(self, findings: Findings) -> Sequence[Erratum] | None:
+        """Turn what the judge observed into errata. Once per run and policy.
+
+        `findings` is read-only: the policy's name, the SPE version, and for each kind of observation the count and its first
+        occurrence. An exception is logged with the plugin's name and does not lose the results.
+        """
+
+
+class ObserverSpec:
+    """Hooks that watch. All implementations are called; return values are ignored."""
+
+    @hookspec
+    def run_finished(self, report: Any) -> None:
+        """A run is complete and stored. Once per run. `report` is a `spepolicy.lab.run.Report`, read-only.
+
+        An exception is logged with the plugin's name and does not lose the results.
+        """

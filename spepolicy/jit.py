@@ -1,0 +1,92 @@
+"""One switch between the compiled and the interpreted form of the machine.
+
+`@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the same
+source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions that Python calls.
+
+numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The cache
+folder is therefore named after the content of everything that can end up in the compiled code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PACKAGE = Path(__file__).resolve().parent
+_COMPILED_PARTS = ("jit.py", "arch", "mmu", "machine")
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {np.__version__}".encode())
+    for part in _COMPILED_PARTS:
+        path = _PACKAGE / part
+        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cache_dir() -> Path:
+    """Return the folder that holds the compiled machine of exactly this source."""
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spepolicy"
+    return root / f"machine-{_source_hash()}"
+
+
+import numba  # noqa: E402
+
+COMPILED = not numba.config.DISABLE_JIT
+
+if COMPILED:
+    numba.config.CACHE_DIR = str(cache_dir())
+
+    def jit(function: F) -> F:
+        """Compile *function* for calls from compiled code: without a wrapper for Python, which costs more to compile than the rest."""
+        compiled: F = numba.njit(
+            cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+        )(function)
+        return compiled
+
+    def entry(function: F) -> F:
+        """Compile *function* for calls from Python."""
+        compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+        return compiled
+else:
+
+    def jit(function: F) -> F:
+        """Leave *function* interpreted."""
+        return function
+
+    entry = jit
+
+    _row_classes: dict[np.dtype[Any], type] = {}
+
+    def _row_class(dtype: np.dtype[Any]) -> type:
+        """Make a class whose attributes are the fields of *dtype*; np.record does the same ten times slower."""
+        def accessor(name: str) -> property:
+            return property(lambda self: self.record[name], lambda self, value: self.record.__setitem__(name, value))
+
+        members: dict[str, Any] = {name: accessor(name) for name in dtype.names or ()}
+        return type("Row", (), {"__slots__": ("record",), "__init__": _init_row, **members})
+
+    def _init_row(self: Any, record: Any) -> None:
+        self.record = record
+
+    def plain_row(array: Any, record: Any) -> Any:
+        """Give *record*, an element of *array*, its fields as attributes, as compiled code has them."""
+        cls = _row_classes.get(array.dtype)
+        if cls is None:
+            cls = _row_classes.setdefault(array.dtype, _row_class(array.dtype))
+        return cls(record)
+
+
+def is_compiled_already() -> bool:
+    """Tell whether the cache folder of this source holds anything, so that a first run can say why it takes longer."""
+    return not COMPILED or any(cache_dir().glob("**/*.nbi"))

@@ -1,0 +1,134 @@
+"""What the judge observed of one policy, counted from ground truth: the input of erratum reporters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.judge.errata import Findings, Observation
+from spepolicy.judge.lanes import lane_sum
+from spepolicy.machine.scenario import HostKind, IrqDelivery, Scenario, SessionMode
+from spepolicy.machine.state import NEVER, LostCause
+
+if TYPE_CHECKING:
+    from spepolicy.drivers.simulate import Result
+
+__all__ = ["OBSERVATIONS", "facts", "find"]
+
+_UNSIGNED = (1 << 64) - 1  # registers are held as int64
+
+_Counts = Callable[["Result"], NDArray[np.int64]]  # [N] or [N, V]
+
+
+def _truth(name: str) -> _Counts:
+    return lambda result: result.truth[name]
+
+
+def _vm(name: str) -> _Counts:
+    return lambda result: result.vm[name]
+
+
+def _stage2_windows(result: Result) -> NDArray[np.int64]:
+    """Blackout windows with a stage 2 cause, [N]."""
+    causes = [LostCause.STAGE2_NOT_PINNED, LostCause.STAGE2_GUEST, LostCause.STAGE2_HOST, LostCause.STAGE2_KVM_BUG]
+    lanes = result.windows["lane"][np.isin(result.windows["cause"], causes)]
+    return np.bincount(lanes, minlength=len(result.replicates))
+
+
+def _by_cause(cause: LostCause) -> _Counts:
+    return lambda result: result.lost[:, :, cause]
+
+
+OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
+    "stage2_fault": (_truth("stage2_faults"), "stage 2 faults of the SPU"),
+    "stage2_fault_host": (_by_cause(LostCause.STAGE2_HOST), "samples lost because the host or the VMM took the page"),
+    "stage2_blackout": (_stage2_windows, "blackout windows that a stage 2 fault began"),
+    "stage1_fault": (_truth("stage1_faults"), "stage 1 faults of the SPU"),
+    "data_loss": (_truth("data_loss"), "buffer management events with DL=1"),
+    "discarded_records": (_truth("discarded"), "records written, then thrown away because of DL"),
+    "forged_loss": (_truth("forged_loss"), "DL=1 told to the guest although no record was cut"),
+    "injected_stage1": (_truth("injected_stage1"), "events told to the guest as a stage 1 abort (EC 0x24)"),
+    "injected_stage2": (_truth("injected_stage2"), "events told to the guest as a stage 2 abort (EC 0x25)"),
+    "injected_external": (_truth("injected_external"), "events told to the guest as an external abort (FSC 0x10, EA)"),
+    "injected_impdef": (_truth("injected_impdef"), "events told to the guest as IMPLEMENTATION DEFINED (EC 0x1f)"),
+    "fatal": (_truth("fatal"), "events that the guest's driver answered by switching SPE off"),
+    "silent_fatal": (_truth("silent_fatal"), "of these, without any AUX flag: perf does not know"),
+    "truncated": (_truth("truncated"), "AUX handles closed with PERF_AUX_FLAG_TRUNCATED"),
+    "spurious": (_truth("spurious"), "PMBIRQ taken with PMBSR_EL1.S=0"),
+    "irqs": (_truth("irqs"), "PMBIRQ taken"),
+    "eret_unpinned": (_truth("eret_unpinned"), "EL0-only session: faults while {E0SPE,E1SPE} = {1,0}"),
+    "diverged_records": (_truth("diverged_records"), "records written to pages that the VMM's address does not show"),
+    "resumed_cut": (_truth("resumed_cut"), "faults with DL=1 that KVM resumed: a cut record stays in the stream"),
+    "refused": (_truth("refused"), "sessions that the policy refused before the SPU wrote"),
+    "pin_refused": (_vm("pin_refused"), "pages that the memlock limit kept from being pinned"),
+    "stale_pins": (_vm("stale_pins"), "pinned pages that the host replaced behind the pin"),
+    "pins_leaked": (_vm("pinned_pages"), "pins that were held when the guest ended"),
+    "notifier_ignored": (_vm("notifier_ignored"), "MMU notifier events that the policy's filter ignored"),
+}
+"""Name -> (count a lane or a vCPU, what it counts)."""
+
+
+def facts(scenario: Scenario) -> dict[str, Any]:
+    """Return what a reporter may need to know of the scenario, as plain values."""
+    cpu, guest, kvm = scenario.cpu, scenario.guest, scenario.kvm
+    return {
+        "vcpus": guest.vcpus,
+        "buffer_pages": guest.buffer_pages,
+        "session": SessionMode(guest.session).name.lower(),
+        "profile_user": guest.profile_user,
+        "profile_kernel": guest.profile_kernel,
+        "fixed_size_records": cpu.max_record_bytes == cpu.align_bytes,
+        "data_loss_at_boundary": cpu.data_loss_at_boundary,
+        "hardware_access_flag": cpu.hardware_access_flag,
+        "irq_delivery": IrqDelivery(kvm.irq_delivery).name.lower(),
+        "memlock_pages": kvm.memlock_pages,
+        "memlock_unlimited": kvm.memlock_unlimited,
+        "host": HostKind(scenario.host.kind).name.lower(),
+        "seed": scenario.seed,
+    }
+
+
+def find(result: Result, *, virtualized: bool) -> Findings:
+    """Count everything in `OBSERVATIONS` over the lanes of *result*, all of which have finished.
+
+    :param virtualized: False for a bare-metal baseline, which has no stage 2 and no KVM (hook `virtualization`).
+    """
+    observations = {name: _observe(result, name, count(result)) for name, (count, _) in OBSERVATIONS.items()}
+    return Findings(
+        policy=result.policy,
+        spe_version=result.scenario.cpu.spe_version,
+        virtualized=virtualized,
+        replicates=len(result.replicates),
+        guest_s=float(result.vcpu["now_ps"].sum()) / 1e12,
+        wanted_s=float(lane_sum(result, "wanted_ps").sum()) / 1e12,
+        facts=facts(result.scenario),
+        observations=observations,
+    )
+
+
+def _observe(result: Result, name: str, counts: NDArray[np.int64]) -> Observation:
+    by_lane = counts.sum(axis=1) if counts.ndim == 2 else counts
+    lanes = np.flatnonzero(by_lane)
+    if len(lanes) == 0:
+        return Observation()
+    lane = int(lanes[0])
+    first: dict[str, Any] = {"replicate": int(result.replicates[lane])}
+    if counts.ndim == 2:
+        vcpu = int(np.flatnonzero(counts[lane])[0])
+        first["vcpu"] = vcpu
+        if name == "stage2_fault":
+            first |= _first_fault(result.truth[lane, vcpu])
+    return Observation(int(by_lane.sum()), len(lanes), first)
+
+
+def _first_fault(truth: np.void) -> dict[str, Any]:
+    if truth["first_fault_ps"] >= NEVER:
+        return {}
+    return {
+        "host_time_us": round(int(truth["first_fault_ps"]) / 1e6, 3),
+        "va": f"0x{int(truth['first_fault_va']) & _UNSIGNED:x}",
+        "pmbsr": f"0x{int(truth['first_fault_syndrome']) & _UNSIGNED:x}",
+    }

@@ -1,0 +1,238 @@
+"""From Hydra's composed configuration to a run.
+
+A `Session` is one call of the program: it hands Hydra the schema and the installed policies, and runs each job that
+Hydra asks for. Errors of a job are reported when they happen, so one bad point does not end a sweep.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import field, make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spepolicy.completion import HIDDEN
+from spepolicy.config import host_notes, plain, register, to_options, to_scenario
+from spepolicy.errors import (
+    ConfigurationError,
+    OutputError,
+    PluginError,
+    SpePolicyError,
+    UnknownPolicyError,
+    nearest,
+)
+from spepolicy.plugins import PolicyInfo, build_policy, installed_policies
+from spepolicy.policy_fields import fields_of
+from spepolicy.schema import MISSING
+
+if TYPE_CHECKING:
+    from spepolicy.lab.run import Plan
+
+__all__ = ["Session", "build_plan", "register_policies"]
+
+BASELINE = "bare_metal"  # excess blackout is measured against it, so it always runs
+
+
+class Session:
+    """One call of the program."""
+
+    def __init__(self, show_traceback: bool) -> None:
+        """With *show_traceback*, an error that has a message is shown with its traceback too."""
+        self.show_traceback = show_traceback
+        self.failed = 0  # jobs that ended with an error
+        self.in_job = False
+
+    def start(self, arguments: Sequence[str]) -> None:
+        """Compose the configuration that `sys.argv` asks for, and run it.
+
+        *arguments* are those of `sys.argv`. Raises `ConfigurationError` for a flag or value that is wrong and
+        `OutputError` for a run folder that cannot be written. An error of a job is printed and counted in `failed`.
+        """
+        import hydra
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        from spepolicy.messages import explain
+
+        _check_flags(arguments)
+        register()
+        register_policies()
+        run = hydra.main(version_base="1.3", config_path="pkg://spepolicy_conf", config_name="config")(self.job)
+        try:
+            run()
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise ConfigurationError(explain(error)) from error
+        except (OSError, ValueError) as error:
+            if self.in_job or isinstance(error, SpePolicyError):
+                raise
+            if isinstance(error, OSError):
+                raise OutputError(_folder_message(error)) from error
+            raise ConfigurationError(f"{error}. See --hydra-help.") from error
+
+    def job(self, cfg: Any) -> float | None:
+        """Run one composed configuration; Hydra calls this once, or once a job of a sweep."""
+        self.in_job = True
+        try:
+            interrupted = self._run(cfg)
+        except SpePolicyError as error:
+            self._report(error)
+            return None
+        if interrupted:
+            raise KeyboardInterrupt
+        self.in_job = False
+        return None
+
+    def _run(self, cfg: Any) -> bool:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra_config = HydraConfig.get()
+        _check_flags_given(cfg, hydra_config.overrides.task)
+        config = _resolved(cfg)
+        plan = build_plan(config, Path(hydra_config.runtime.output_dir))
+        from spepolicy.lab.run import execute
+
+        say = partial(print, flush=True)
+        report = execute(plan, say)
+        say(report.summary())
+        return bool(report.interrupted)
+
+    def _report(self, error: SpePolicyError) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra_config = HydraConfig.get()
+        self.failed += 1
+        self.in_job = False
+        if self.show_traceback:
+            traceback.print_exc()
+        where = ""
+        if hydra_config.mode == RunMode.MULTIRUN:
+            where = f"job {hydra_config.job.num} ({' '.join(hydra_config.overrides.task)}): "
+        print(f"error: {where}{error}", file=sys.stderr)
+
+
+def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
+    """Return what `spepolicy.lab.run.execute` needs for the composed *config*, whose results go to *run_dir*.
+
+    Raises `SpePolicyError` for whatever is wrong with a value, a policy or a recording.
+    """
+    from spepolicy.lab.run import Plan
+    from spepolicy.lab.tracking import TrackingSettings
+
+    options = to_options(config)
+    name, policy_fields = _chosen(config)
+    policies = {name: build_policy(name, policy_fields)}
+    for baseline in dict.fromkeys((BASELINE, *options.baselines)):
+        if baseline not in policies:
+            policies[baseline] = _baseline(baseline)
+    scenario = to_scenario(config)
+    return Plan(
+        chosen=name,
+        policies=policies,
+        scenario=scenario,
+        replicates=options.replicates,
+        threads=options.threads,
+        run_dir=run_dir,
+        tracking=TrackingSettings(**options.tracking),
+        config=dict(config),
+        notes=host_notes(config, scenario),
+    )
+
+
+def register_policies() -> None:
+    """Store every installed policy in Hydra's ConfigStore as `policy/NAME`: the dataclass is the schema."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    for name, info in installed_policies().items():
+        try:
+            fields_of(info.cls, name)
+            node = OmegaConf.structured(_named(info))
+        except (PluginError, OmegaConfBaseException, ValueError) as error:
+            # It must not take the others down; whoever chooses it gets the reason from build_policy.
+            print(f"warning: policy '{name}' of {info.distribution} cannot be configured: {error}", file=sys.stderr)
+            continue
+        store.store(group="policy", name=name, node=node, provider=f"{info.distribution} {info.version}")
+
+
+def _named(info: PolicyInfo) -> type:
+    """Return the policy's dataclass with one field more, which tells a composed configuration's policy."""
+    return make_dataclass(info.cls.__name__, [(HIDDEN, str, field(default=info.name, kw_only=True))], bases=(info.cls,))
+
+
+def _chosen(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    policy = config.get("policy", MISSING)
+    if policy == MISSING or policy is None:
+        raise ConfigurationError(
+            f"no policy is chosen. Add +policy=NAME; installed: {', '.join(installed_policies())}."
+        )
+    if not isinstance(policy, Mapping) or HIDDEN not in policy:
+        raise ConfigurationError(
+            f"policy={policy}: not an installed policy's configuration. Choose one with +policy=NAME; "
+            f"installed: {', '.join(installed_policies())}."
+        )
+    given = {key: value for key, value in policy.items() if key != HIDDEN and value != MISSING}
+    return str(policy[HIDDEN]), given
+
+
+def _baseline(name: str) -> object:
+    try:
+        return build_policy(name, {})
+    except UnknownPolicyError as error:
+        raise ConfigurationError(
+            f"baselines=[{name}]: policy '{name}' is not installed. Installed: {', '.join(error.known)}."
+            f"{nearest(name, error.known)}"
+        ) from error
+
+
+def _resolved(cfg: Any) -> Mapping[str, Any]:
+    from omegaconf.errors import OmegaConfBaseException
+
+    from spepolicy.messages import explain
+
+    try:
+        return plain(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(explain(error)) from error
+
+
+def _check_flags_given(cfg: Any, overrides: Sequence[str]) -> None:
+    """Reject a number for a true-or-false setting on the command line: OmegaConf would take any but 0 for true."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import BooleanNode, Container, OmegaConf
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        given = override.value()
+        if not isinstance(parent, Container) or isinstance(given, bool) or not isinstance(given, int | float):
+            continue
+        if isinstance(parent._get_node(key.rpartition(".")[2]), BooleanNode):
+            raise ConfigurationError(f"{key}={given}: not true or false. Write {key}=true or {key}=false.")
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    """Parse *arguments* as Hydra will, but with a short message for what it does not know."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def fail(message: str) -> None:
+        raise ConfigurationError(f"{message}. See --help and --hydra-help.")
+
+    parser.error = fail  # type: ignore[assignment]
+    parser.parse_args(list(arguments))
+
+
+def _folder_message(error: OSError) -> str:
+    where = f" '{error.filename}'" if error.filename else ""
+    return (
+        f"the run's folder{where} cannot be written: {error.strerror or error}. It must be below a folder that this "
+        "user may write to. Set output.dir=FOLDER."
+    )

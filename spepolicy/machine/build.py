@@ -1,0 +1,163 @@
+"""Making lanes: from `Scenario` to the arrays of `Machine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spepolicy.machine.draw import exponential_table, stream_key
+from spepolicy.machine.scenario import PAGE_BYTES, HostKind, Scenario
+from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
+
+# Streams of random draws; a stream never gets another number, or results change.
+_PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT = range(5)
+
+PAGE_TABLE_ARRAYS = ("pool", "host_page")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the set-up hooks of a policy said."""
+
+    virtualized: bool = True
+    trap_pmb: bool = False
+    trap_pms: bool = False
+    notifier_filter: int = 0  # mask of mmu_notifier_event
+    hooks: int = 0  # 1 << Hook for each hook that is implemented
+
+
+def _table_pages(scenario: Scenario) -> tuple[int, int]:
+    """Return how many pages stage 1 tables and all tables of a lane need at most."""
+    guest = scenario.guest
+    leaves = guest.vcpus * (-(-guest.buffer_pages // 512))
+    middle = -(-guest.vcpus * (1 << 27) // (1 << 30)) + 1
+    stage1 = 2 + middle + leaves
+    stage2 = 2 + -(-guest.ram_pages // (1 << 18)) + 1 + -(-guest.ram_pages // 512)
+    return stage1, stage1 + stage2
+
+
+def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> None:
+    guest, cpu, kvm, costs, host = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs, scenario.host
+    stage1_pages, _ = _table_pages(scenario)
+    values: dict[str, int] = {
+        "virtualized": behaviour.virtualized,
+        "ram_page0": guest.ram_base // PAGE_BYTES,
+        "latency_max": (1 << cpu.counter_bits) - 1,
+        "tlb_mask": cpu.tlb_entries - 1,
+        "duration_ps": scenario.duration_ps,
+        "reader_ps_per_kib": 1024 * 1_000_000 // guest.reader_bytes_per_us,
+        "memlock_pages": (1 << 40) if kvm.memlock_unlimited else kvm.memlock_pages,
+        "next_exit_only": int(kvm.irq_delivery),
+        "trap_pmb": behaviour.virtualized and behaviour.trap_pmb,
+        "trap_pms": behaviour.virtualized and behaviour.trap_pms,
+        "hooks": behaviour.hooks if behaviour.virtualized else 0,
+        "notifier_filter": behaviour.notifier_filter,
+        # On bare metal the host is the guest: nothing happens behind its back.
+        "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
+        "random_ops": len(host.random_ops),
+        "recording_scale_q16": host.time_scale_q16,
+        "phases": len(scenario.workload.phase_ps),
+        "guest_tables": stage1_pages,
+    }
+    for part in (guest, cpu, kvm, costs):
+        for name in part.__dataclass_fields__:
+            if name in PARAMS.names and name not in values:  # type: ignore[operator]
+                values[name] = int(getattr(part, name))
+    for name, value in values.items():
+        m.par[name] = int(value)
+
+
+def _recording(scenario: Scenario) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return (time in ps, first page, end page, operation with write bit, span in ps), clipped to the guest's RAM."""
+    recording = scenario.host.recording
+    if scenario.host.kind != HostKind.RECORDED or recording is None:
+        empty = np.zeros(1, dtype=np.int32)
+        return np.zeros(1, dtype=np.int64), empty, empty, np.zeros(1, dtype=np.uint8), 1
+    pages = scenario.guest.ram_pages
+    first = np.minimum(recording.first_page, pages)  # type: ignore[attr-defined]
+    end = np.minimum(recording.end_page, pages)  # type: ignore[attr-defined]
+    keep = end > first
+    time = recording.time_us[keep].astype(np.int64) * 1_000_000  # type: ignore[attr-defined]
+    op = recording.op[keep].astype(np.uint8) | (recording.write[keep].astype(np.uint8) << 7)  # type: ignore[attr-defined]
+    span = int(recording.duration_us) * 1_000_000 + 1  # type: ignore[attr-defined]
+    return time, first[keep].astype(np.int32), end[keep].astype(np.int32), op, span
+
+
+def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
+    """Give lane *i* its hash keys, its memory layout, and its place in the recording."""
+    seed = scenario.seed
+    layout = [stream_key(seed, replicate, _LAYOUT, n) for n in range(4)]
+    m.par["scatter_a"][i] = (layout[0] & 0xFFFF_FFFF) | 1
+    m.par["scatter_b"][i] = (layout[1] & 0x7FFF) | 1
+    m.par["scatter_c"][i] = layout[2] & 0xFFFF_FFFF
+    m.vm["key_host"][i] = stream_key(seed, replicate, _HOST, 0)
+    for k in range(scenario.guest.vcpus):
+        m.vcpu["key_program"][i, k] = stream_key(seed, replicate, _PROGRAM, k)
+        m.vcpu["key_sample"][i, k] = stream_key(seed, replicate, _SAMPLE, k)
+        m.vcpu["key_kvm"][i, k] = stream_key(seed, replicate, _KVM, k)
+    # Replicates enter the recording at different places, so that together they see all of it.
+    m.vm["host_index"][i] = (layout[3] & 0xFFFF_FFFF) % len(m.rec_ps) if scenario.host.kind == HostKind.RECORDED else 0
+
+
+def build_machine(scenario: Scenario, behaviour: Behaviour, replicates: Sequence[int]) -> Machine:
+    """Allocate the lanes of *replicates* and set their parameters; `lane.start_lanes` lays out their memory."""
+    lanes, vcpus, workload = len(replicates), scenario.guest.vcpus, scenario.workload
+    functions, distributions = len(workload.function_names), len(workload.op_ps)
+    _, pool_pages = _table_pages(scenario)
+    hash_size = 1 << (2 * pool_pages - 1).bit_length()
+    rec_ps, rec_first, rec_end, rec_op, span = _recording(scenario)
+
+    def zeros(*shape: int, dtype: np.dtype | type = np.int64) -> np.ndarray:
+        return np.zeros(shape, dtype=dtype)
+
+    m = Machine(
+        par=zeros(lanes, dtype=PARAMS), vm=zeros(lanes, dtype=VM),
+        vcpu=zeros(lanes, vcpus, dtype=VCPU), truth=zeros(lanes, vcpus, dtype=TRUTH),
+        window=zeros(lanes, WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
+        lost=zeros(lanes, vcpus, LOST_CAUSES), blackout_ps=zeros(lanes, vcpus, LOST_CAUSES),
+        claims=zeros(lanes, 6, 6), host_ops=zeros(lanes, 16),
+        exposure_ps=zeros(lanes, vcpus, distributions),
+        seen=zeros(lanes, vcpus, functions), unseen=zeros(lanes, vcpus, functions),
+        tlb=np.full((lanes, vcpus, scenario.cpu.tlb_entries, 4), -1, dtype=np.int64),
+        pins=zeros(lanes, vcpus, 2, scenario.guest.buffer_pages + 64, dtype=np.int32),
+        # np.empty: table pages are zeroed when they are handed out.
+        pool=np.empty((lanes, pool_pages, 512), dtype=np.int64),
+        pool_refs=zeros(lanes, pool_pages, dtype=np.int32),
+        frame_key=np.full((lanes, hash_size), -1, dtype=np.int64),
+        frame_slot=zeros(lanes, hash_size, dtype=np.int32),
+        host_page=np.empty((lanes, scenario.guest.ram_pages), dtype=np.int64),
+        op_ps=workload.op_ps, alias_threshold=workload.alias_threshold, alias_outcome=workload.alias_outcome,
+        outcome_function=workload.outcome_function, outcome_type=workload.outcome_type,
+        outcome_events=workload.outcome_events, outcome_latency=workload.outcome_latency_cycles,
+        outcome_spread=workload.outcome_spread_cycles,
+        phase=np.stack([
+            workload.phase_user, workload.phase_kernel, workload.phase_ps, workload.syscall_gap_ps, workload.syscall_ps,
+        ], axis=1).astype(np.int64),
+        roles=np.array([workload.other_user, workload.other_kernel, workload.driver], dtype=np.int64),
+        rec_ps=rec_ps, rec_first=rec_first, rec_end=rec_end, rec_op=rec_op,
+        random_op=np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
+        exponential=exponential_table(),
+    )
+    _fill_parameters(m, scenario, behaviour)
+    m.par["recording_span_ps"] = span
+    m.vm["pool_free"] = -1
+    m.vm["next_frame"] = 0x100_0000
+    m.vcpu["tlb_page"] = -1
+    m.vcpu["irq_ps"] = NEVER
+    m.vcpu["reader_ps"] = NEVER
+    m.vcpu["claim"] = -1
+    m.truth["first_fault_ps"] = NEVER
+    for i, replicate in enumerate(replicates):
+        _seed_lane(m, i, scenario, int(replicate))
+    return m
+
+
+def bytes_per_lane(m: Machine) -> dict[str, int]:
+    """Return the bytes of a lane: "page_tables" (guest stage 1, KVM stage 2, the VMM's), and "other", all else that grows with lanes."""
+    lanes = len(m.par)
+    own = Machine._fields[: Machine._fields.index("host_page") + 1]
+    sizes = {name: getattr(m, name).nbytes // lanes for name in own}
+    tables = sum(sizes[name] for name in PAGE_TABLE_ARRAYS)
+    return {"page_tables": tables, "other": sum(sizes.values()) - tables}

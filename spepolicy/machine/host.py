@@ -1,0 +1,320 @@
+"""The host's memory management: what each operation does to a page of the guest, its stage 2 entry, and KVM's pin on it.
+
+The table `EFFECT` is what a real Linux 6.1 did to private anonymous 4 KiB pages, unpinned and pinned with FOLL_LONGTERM
+(measured: kvm_real/pin_table, short_6.1.md, columns U and P). Its main message: FOLL_PIN keeps the *page*, not KVM's stage 2
+mapping, because MMU notifiers fire by range before anybody looks at the pin count.
+
+The VMM's page table is one word a guest page, `Machine.host_page`: frame, state, pins (what the host knows), and why stage 2 lost
+the page and what the guest uses it for (what only the judge may know).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spepolicy.jit import jit
+from spepolicy.machine.draw import draw, scaled_exponential
+from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.rows import (
+    exponential,
+    frame_key,
+    frame_slot,
+    host_ops,
+    host_page,
+    params,
+    pool,
+    pool_refs,
+    random_op,
+    rec_end,
+    rec_first,
+    rec_op,
+    rec_ps,
+    tlb,
+    vcpu_row,
+    vm_row,
+)
+from spepolicy.machine.state import NEVER, Machine
+from spepolicy.mmu.memory import attach, detach
+from spepolicy.mmu.tables import map_stage2, stage2_leaf, unmap_stage2
+from spepolicy.mmu.walker import AF, S2_WRITE
+
+FRAME = 0xF_FFFF_FFFF
+PRESENT = 1 << 36
+SHARED = 1 << 37  # read-only: copy-on-write after fork, or merged by KSM
+HOLE = 1 << 38  # the VMA is gone
+PIN_ONE = 1 << 40
+PIN_MASK = 0xFFF << 40
+GONE_SHIFT = 52  # judge only: who removed the stage 2 entry
+GONE_MASK = 0xF << GONE_SHIFT
+GONE_NEVER = 0
+GONE_HOST = 1
+ROLE_SHIFT = 56  # judge only: what the guest uses the page for
+ROLE_MASK = 3 << ROLE_SHIFT
+ROLE_OTHER = 0
+ROLE_BUFFER = 1
+ROLE_TABLE = 2  # stage 1 table that only the SPE buffer is reached by
+ROLE_HOT = 3  # stage 1 table that the guest's CPUs walk all the time
+
+RAM_FRAME0 = 0x40000
+NEW_FRAME0 = 0x100_0000
+KSM_FRAME = 0x80_0000  # the merged page; one is enough, no content is modelled
+
+UNMAP = 1  # a notifier removes the stage 2 entry
+MOVE = 2  # the page gets another frame, same content
+SWAP = 4
+SHARE = 8  # merged by KSM: another frame, read-only, and stage 2 is re-pointed to it (kvm_set_spte_gfn)
+AGE = 16  # the stage 2 access flag is cleared
+WRITE_PROTECT = 32
+REPLACE = 64  # another page, other content: a pin on the old one is stale
+LOSE = 128  # no page any more
+COPY_ON_WRITE = 256
+
+
+def _effects() -> tuple[tuple[int, int], ...]:
+    """Return (unpinned, pinned) effects by HostOp, as measured on 6.1."""
+    table = {
+        HostOp.RECLAIM: (UNMAP | SWAP, AGE),
+        HostOp.AGE: (AGE, AGE),
+        HostOp.KSM: (UNMAP | SHARE, UNMAP),
+        HostOp.NUMA_SCAN: (UNMAP, UNMAP),
+        HostOp.NUMA_MIGRATE: (UNMAP | MOVE, 0),
+        HostOp.MOVE: (UNMAP | MOVE, UNMAP),  # pinned: ten retries, ten unmaps, all for nothing
+        HostOp.COMPACT: (UNMAP | MOVE, 0),  # the refcount is tested before isolation
+        HostOp.FORK: (UNMAP | COPY_ON_WRITE, UNMAP),  # pinned pages are copied for the child at once
+        HostOp.DONTNEED: (UNMAP | REPLACE, UNMAP | REPLACE),
+        HostOp.MUNMAP: (UNMAP | LOSE, UNMAP | LOSE),
+        HostOp.MPROTECT: (UNMAP, UNMAP),
+        HostOp.THP: (UNMAP | MOVE, 0),
+        HostOp.DIRTY_LOG: (WRITE_PROTECT, WRITE_PROTECT),
+        HostOp.SOFT_DIRTY: (UNMAP, UNMAP),
+    }
+    return tuple(table.get(HostOp(op), (0, 0)) for op in range(16))
+
+
+EFFECT = np.array(_effects(), dtype=np.int64)  # [HostOp, pinned]
+
+
+def _events() -> tuple[int, ...]:
+    """Return the mmu_notifier_event number by HostOp (kvm_real README: 0 UNMAP 1 CLEAR 2 PROTECTION_VMA 3 PROTECTION_PAGE 4 SOFT_DIRTY)."""
+    events = {HostOp.NUMA_SCAN: 2, HostOp.MPROTECT: 2, HostOp.FORK: 3, HostOp.SOFT_DIRTY: 4, HostOp.MUNMAP: 0}
+    return tuple(events.get(HostOp(op), 1) for op in range(16))
+
+
+EVENT = np.array(_events(), dtype=np.int64)
+
+_CPU_TOUCH = int(HostOp.CPU_TOUCH)
+_DIRTY_LOG = int(HostOp.DIRTY_LOG)
+
+
+@jit
+def invalidate_tlb(m: Machine, i: int, ipa_page: int) -> None:
+    """KVM's TLBI after a stage 2 change: no vCPU's SPU of lane *i* may use an entry for *ipa_page* (-1: any page) any more."""
+    for k in range(params(m, i).vcpus):
+        v = vcpu_row(m, i, k)
+        for e in range(tlb(m, i, k).shape[0]):
+            if tlb(m, i, k)[e, 0] != -1 and (ipa_page < 0 or tlb(m, i, k)[e, 2] == ipa_page):
+                if tlb(m, i, k)[e, 0] == v.tlb_page:
+                    v.tlb_page = -1
+                tlb(m, i, k)[e, 0] = -1
+
+
+@jit
+def _set_frame(m: Machine, i: int, page: int, word: int, frame: int, carry: int) -> int:
+    """Back *page* with *frame*; with *carry* the content (a translation table) moves along. Return the new word."""
+    if carry != 0:
+        slot = detach(frame_key(m, i), frame_slot(m, i), word & FRAME)
+        if slot >= 0:
+            attach(frame_key(m, i), frame_slot(m, i), frame, slot)
+    return (word & ~FRAME) | frame
+
+
+@jit
+def _fresh_frame(vm: Any) -> int:
+    vm.next_frame += 1
+    return np.int64(vm.next_frame)
+
+
+@jit
+def resident(m: Machine, i: int, page: int, write: int) -> int:
+    """Make the VMM's page usable for a stage 2 mapping or a pin (get_user_pages). Return the cost in ps, or -1 if there is no VMA."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    word = host_page(m, i)[page]
+    if word & HOLE != 0:
+        return np.int64(-1)
+    cost = np.int64(0)
+    if word & PRESENT == 0:
+        word = _set_frame(m, i, page, word, _fresh_frame(vm), 1) | PRESENT
+        cost += par.swap_in_ps
+    if write != 0 and word & SHARED != 0:
+        word = _set_frame(m, i, page, word, _fresh_frame(vm), 1) & ~SHARED
+        cost += par.copy_page_ps
+    host_page(m, i)[page] = word
+    return cost
+
+
+@jit
+def map_page(m: Machine, i: int, page: int, write: int) -> int:
+    """Fault *page* in and map it at stage 2, as user_mem_abort does. Return the cost in ps of the host's part, or -1 if there is no page."""
+    cost = resident(m, i, page, write)
+    if cost < 0:
+        return cost
+    vm = vm_row(m, i)
+    par = params(m, i)
+    word = host_page(m, i)[page]
+    writable = 0 if word & SHARED != 0 else 1
+    ipa = (par.ram_page0 + page) << 12
+    if map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, word & FRAME, writable) != 0:
+        vm.stage2_maps += 1
+        # The old entry may be cached where only its attributes changed (break-before-make ends in a TLBI).
+        invalidate_tlb(m, i, par.ram_page0 + page)
+    host_page(m, i)[page] = word & ~GONE_MASK
+    return cost
+
+
+@jit
+def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
+    """The guest's CPU accesses *page*: an ordinary stage 2 fault if it is not mapped. Return 1 if it was one."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    slot, entry = stage2_leaf(
+        frame_key(m, i), frame_slot(m, i), pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12
+    )
+    if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and (write == 0 or pool(m, i)[slot, entry] & S2_WRITE != 0):
+        pool(m, i)[slot, entry] |= AF  # hardware access flag of the CPU, VTCR_EL2.HA
+        return np.int64(0)
+    map_page(m, i, page, write)
+    return np.int64(1)
+
+
+@jit
+def _edit_leaf(m: Machine, i: int, page: int, clear: int) -> None:
+    vm = vm_row(m, i)
+    par = params(m, i)
+    slot, entry = stage2_leaf(
+        frame_key(m, i), frame_slot(m, i), pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12
+    )
+    if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0:
+        pool(m, i)[slot, entry] &= ~clear
+        invalidate_tlb(m, i, par.ram_page0 + page)
+
+
+@jit
+def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
+    """Apply one host operation to one guest page of lane *i*."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    word = host_page(m, i)[page]
+    role = (word & ROLE_MASK) >> ROLE_SHIFT
+    if word & HOLE != 0:
+        return
+    effect = EFFECT[op, 1 if word & PIN_MASK != 0 else 0]
+    if effect & (SHARE | REPLACE | LOSE) != 0 and role >= ROLE_TABLE:
+        return  # a live translation table is not identical to another page, and no VMM discards a page that the guest uses so
+    if effect & AGE != 0:
+        _edit_leaf(m, i, page, AF)
+    if effect & WRITE_PROTECT != 0:
+        _edit_leaf(m, i, page, S2_WRITE)
+        host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
+    if effect & UNMAP != 0:
+        vm.notifier_calls += 1
+        if word & PIN_MASK != 0 and (par.notifier_filter >> EVENT[op]) & 1 != 0:
+            vm.notifier_ignored += 1
+        else:
+            ipa = (par.ram_page0 + page) << 12
+            if unmap_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa) != 0:
+                vm.stage2_unmapped += 1
+                word = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
+                invalidate_tlb(m, i, par.ram_page0 + page)
+        host_page(m, i)[page] = _change_backing(m, i, page, word, effect)
+    if role == ROLE_HOT:
+        cpu_touch(m, i, page, 0)  # a CPU's next walk faults it in again, long before the SPU's
+
+
+@jit
+def _change_backing(m: Machine, i: int, page: int, word: int, effect: int) -> int:
+    """Apply what the operation does to the VMM's own page; return the new word."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    if effect & MOVE != 0:
+        word = _set_frame(m, i, page, word, _fresh_frame(vm), 1)
+    if effect & SWAP != 0:
+        word &= ~PRESENT
+    if effect & COPY_ON_WRITE != 0:
+        word |= SHARED
+    if effect & SHARE != 0:
+        word = _set_frame(m, i, page, word, KSM_FRAME, 0) | SHARED
+        ipa = (par.ram_page0 + page) << 12
+        map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, KSM_FRAME, 0)
+    if effect & REPLACE != 0:
+        if word & PIN_MASK != 0:
+            vm.stale_pins += 1
+        word = _set_frame(m, i, page, word, _fresh_frame(vm), 0)
+    if effect & LOSE != 0:
+        word = (word | HOLE) & ~PRESENT
+    return np.int64(word)
+
+
+@jit
+def host_event(m: Machine, i: int) -> None:
+    """Apply the host event that is due in lane *i* and schedule the next one."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    write = np.int64(0)
+    if par.host_kind == 1:
+        op = random_op(m)[vm.host_index, 0]
+        length = random_op(m)[vm.host_index, 2]
+        first = draw(vm.key_host, vm.host_draws) % par.ram_pages
+        vm.host_draws += 1
+        # A range is aligned to its length, like the VMA or the scan window that it stands for.
+        first -= first % length
+        last = min(first + length, par.ram_pages)
+    else:
+        n = vm.host_index
+        op = np.int64(rec_op(m)[n]) & 0x7F
+        write = np.int64(rec_op(m)[n]) >> 7
+        first = np.int64(rec_first(m)[n])
+        last = np.int64(rec_end(m)[n])
+    vm.host_events += 1
+    host_ops(m, i)[op] += 1
+    for page in range(first, last):
+        if op == _CPU_TOUCH:
+            # The recorded guest touched its page; ours has its own users for buffer and table pages.
+            if host_page(m, i)[page] & ROLE_MASK == 0:
+                cpu_touch(m, i, page, write)
+        else:
+            operate_on_page(m, i, op, page)
+    schedule_host(m, i)
+
+
+@jit
+def schedule_host(m: Machine, i: int) -> None:
+    """Set the host time and index of the next event of lane *i*."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    if par.host_kind == 0:
+        vm.host_next_ps = NEVER
+    elif par.host_kind == 1:
+        # Competing exponential clocks: the memoryless draw of each is repeated after every event.
+        best = NEVER
+        for r in range(random_op(m).shape[0]):
+            wait = scaled_exponential(exponential(m), draw(vm.key_host, vm.host_draws), random_op(m)[r, 1])
+            vm.host_draws += 1
+            if wait < best:
+                best = wait
+                vm.host_index = r
+        vm.host_next_ps += best
+    else:
+        before = rec_ps(m)[vm.host_index]
+        vm.host_index += 1
+        gap = np.int64(0)
+        if vm.host_index == rec_ps(m).shape[0]:
+            vm.host_index = 0
+            vm.host_round += 1
+            gap = par.recording_span_ps - before + rec_ps(m)[0]
+        else:
+            gap = rec_ps(m)[vm.host_index] - before
+        # Recording time runs recording_scale times faster than the lane's host time.
+        vm.host_next_ps += (gap << 16) // par.recording_scale_q16

@@ -1,0 +1,48 @@
+"""What a host's memory management does to guest memory: the operations, and the MMU notifier events that announce them.
+
+Both are numbered for good: shipped recordings, logs and hook arguments hold the numbers.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+__all__ = ["HostOp", "Notifier"]
+
+
+class HostOp(IntEnum):
+    """One operation on a range of whole 4 KiB pages of guest RAM.
+
+    The functions in brackets are those of Linux 6.1, where the shipped recordings show each operation except DONTNEED,
+    MUNMAP, MPROTECT, THP and SOFT_DIRTY (spepolicy/recording/data/README.md).
+    """
+
+    NONE = 0  # nothing: padding, never in a recording
+    CPU_TOUCH = 1  # the guest's CPU faulted pages in at stage 2 (kvm_pgtable_stage2_map, _relax_perms, _mkyoung)
+    RECLAIM = 2  # unmapped to be swapped out or dropped (shrink_folio_list, try_to_unmap)
+    AGE = 3  # accessed flag cleared, the mapping stays (kvm_age_gfn, kvm_pgtable_stage2_mkold)
+    KSM = 4  # write-protected or merged with an equal page (ksmd), or a merged page copied for its writer
+    NUMA_SCAN = 5  # unmapped to see who touches it next (task_numa_work, change_prot_numa)
+    NUMA_MIGRATE = 6  # moved to the toucher's node by the fault that the scan provoked (reason numa_misplaced)
+    MOVE = 7  # moved on request (migratepages, move_pages, mbind, soft offline, long-term pin out of ZONE_MOVABLE)
+    COMPACT = 8  # moved to make room for huge allocations (compact_zone)
+    FORK = 9  # shared copy-on-write with a child (copy_page_range), or copied because of that
+    DONTNEED = 10  # the page goes and a new one comes (MADV_DONTNEED, MADV_FREE, balloon, hole punch, truncate)
+    MUNMAP = 11  # the virtual range goes or moves (munmap, mremap, mmap MAP_FIXED)
+    MPROTECT = 12  # protection changed by the VMM (mprotect, userfaultfd write protection)
+    THP = 13  # collapsed into or split from a huge page (collapse_huge_page, __split_huge_pmd)
+    DIRTY_LOG = 14  # write-protected by KVM itself, without a notifier (kvm_pgtable_stage2_wrprotect)
+    SOFT_DIRTY = 15  # write-protected to find later writes (/proc/PID/clear_refs 4)
+
+
+class Notifier(IntFlag):
+    """MMU notifier events as a mask: bit n is value n of enum mmu_notifier_event (linux/mmu_notifier.h, Linux 6.1)."""
+
+    UNMAP = 1 << 0  # the virtual range goes: munmap, mremap
+    CLEAR = 1 << 1  # page table entries cleared for any other reason: reclaim, migration, zap, copy-on-write, KSM
+    PROTECTION_VMA = 1 << 2  # protection of a range in a VMA changes: mprotect, NUMA balancing scan
+    PROTECTION_PAGE = 1 << 3  # protection of pages changes: fork, cleaning of file pages
+    SOFT_DIRTY = 1 << 4  # soft-dirty tracking: the range stays mapped, write-protected
+    RELEASE = 1 << 5  # the address space goes
+    MIGRATE = 1 << 6  # pages move to device memory (migrate_vma)
+    EXCLUSIVE = 1 << 7  # a device takes the page for itself (make_device_exclusive_range)

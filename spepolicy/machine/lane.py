@@ -1,0 +1,179 @@
+"""The event loop of one lane: vCPUs and host in the order of host time, up to the next point that needs the policy.
+
+Each vCPU has its own guest time, which stands still while KVM or another task of the host has the core; guest time plus
+`host_ps` is host time, in which the vCPUs of a lane and its host share their events. The SPU is brought up to a point in
+time before anything else happens there, since it reads tables that others edit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.jit import entry, jit
+from spepolicy.machine.blackout import account
+from spepolicy.machine.guest import boot, end_of_run, interrupt_for_restart, segment_end, take_virq
+from spepolicy.machine.host import host_event, schedule_host
+from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
+from spepolicy.machine.layout import build_memory
+from spepolicy.machine.linux_spe import read_ring
+from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
+from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
+from spepolicy.machine.state import NEVER, WINDOW_LOG, Hook, Machine, Segment
+
+_KERNEL = int(Segment.KERNEL)
+_DONE = int(Segment.DONE)
+_LOG_FULL = int(Hook.LOG_FULL)
+_VM_CREATED = int(Hook.VM_CREATED)
+_VM_DESTROYED = int(Hook.VM_DESTROYED)
+_NONE = int(Hook.NONE)
+
+
+@jit
+def _next_time(m: Machine, i: int, k: int) -> int:
+    """Return the guest time of vCPU *k*'s next event."""
+    v = vcpu_row(m, i, k)
+    if v.segment == _DONE:
+        return np.int64(NEVER)
+    t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
+    if v.virq != 0 and v.segment <= _KERNEL:
+        t = v.now_ps
+    return np.int64(t)
+
+
+@jit
+def _advance(m: Machine, i: int, k: int, until_ps: int) -> None:
+    """Let vCPU *k* execute until *until_ps* (guest time) or until its SPU stops, whichever comes first."""
+    v = vcpu_row(m, i, k)
+    while v.now_ps < until_ps:
+        begin = v.now_ps
+        active = profiling_enabled(v)
+        if active:
+            run_counter(v, op_ps(m)[v.distribution])
+            v.now_ps = sample_until(m, i, k, until_ps)
+        else:
+            hold_counter(v, v.now_ps)
+            if v.flight != 0:
+                drain(m, i, k)
+            v.now_ps = until_ps
+        account(m, i, k, v.now_ps - begin, active)
+        if v.irq_ps < until_ps:
+            return
+
+
+@jit
+def _step(m: Machine, i: int, k: int, t: int) -> int:
+    """Process the event of vCPU *k* that is due at its guest time *t*. Return the hook to call, or NONE."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    if v.virq != 0 and v.segment <= _KERNEL:
+        take_virq(m, i, k)
+        return np.int64(_NONE)
+    if t == par.duration_ps:
+        end_of_run(m, i, k)
+        return np.int64(_NONE)
+    if t == v.irq_ps:
+        return take_interrupt(m, i, k)
+    if t == v.segment_end_ps:
+        return segment_end(m, i, k)
+    if t == v.reader_ps:
+        read_ring(m, i, k)
+        if v.restart != 0 and v.segment <= _KERNEL and (v.task == 0 or par.session == 1):
+            interrupt_for_restart(m, i, k)
+        return np.int64(_NONE)
+    return ordinary_exit(m, i, k, t == v.preempt_next_ps)
+
+
+@jit
+def _sync(m: Machine, i: int, host_ps: int) -> bool:
+    """Bring every vCPU up to *host_ps* of host time. Return False if an SPU stopped before, so that its event may come first."""
+    whole = True
+    for k in range(params(m, i).vcpus):
+        v = vcpu_row(m, i, k)
+        until = host_ps - v.host_ps
+        if v.segment != _DONE and v.now_ps < until:
+            _advance(m, i, k, until)
+            if v.now_ps < until:
+                whole = False
+    return whole
+
+
+@jit
+def _wait(m: Machine, i: int, hook: int, k: int) -> None:
+    vm = vm_row(m, i)
+    vm.hook = hook
+    vm.hook_vcpu = k
+
+
+@jit
+def run_lane(m: Machine, i: int) -> None:
+    """Run lane *i* until it needs the policy (`vm.hook`), its window log is full, or all of its vCPUs are done."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    if vm.started == 0:
+        vm.started = 1
+        if (par.hooks >> _VM_CREATED) & 1 != 0:
+            _wait(m, i, _VM_CREATED, 0)
+            return
+    while True:
+        if vm.window_count > WINDOW_LOG - 2 * par.vcpus - 2:
+            _wait(m, i, _LOG_FULL, 0)
+            return
+        first = np.int64(-1)
+        first_host = np.int64(NEVER)
+        for k in range(par.vcpus):
+            v = vcpu_row(m, i, k)
+            if v.hook_next != 0:
+                hook = v.hook_next
+                v.hook_next = 0
+                _wait(m, i, hook, k)
+                return
+            t = _next_time(m, i, k)
+            if t < NEVER and t + v.host_ps < first_host:
+                first_host = t + v.host_ps
+                first = np.int64(k)
+        if first < 0:
+            vm.finished = 1
+            if (par.hooks >> _VM_DESTROYED) & 1 != 0 and vm.started == 1:
+                vm.started = 2
+                _wait(m, i, _VM_DESTROYED, 0)
+            return
+        if vm.host_next_ps <= first_host:
+            if _sync(m, i, vm.host_next_ps):
+                host_event(m, i)
+            continue
+        v = vcpu_row(m, i, first)
+        t = first_host - v.host_ps
+        if par.vcpus > 1 and not _sync(m, i, first_host):
+            continue
+        _advance(m, i, first, t)
+        if v.now_ps < t:
+            continue
+        hook = _step(m, i, first, t)
+        if hook != _NONE:
+            _wait(m, i, hook, first)
+            return
+
+
+@entry
+def run_lanes(m: Machine, lanes: NDArray[np.int64]) -> None:
+    """Run each of *lanes* (int64[n]) until it waits or is done."""
+    for n in range(lanes.shape[0]):
+        run_lane(m, lanes[n])
+
+
+@entry
+def start_lanes(m: Machine, lanes: NDArray[np.int64]) -> None:
+    """Lay out memory and boot the vCPUs of each of *lanes* (int64[n]), whose parameters and keys are set."""
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        build_memory(m, i)
+        vm = vm_row(m, i)
+        par = params(m, i)
+        if par.host_kind == 0:
+            vm.host_next_ps = NEVER
+        else:
+            schedule_host(m, i)
+        for k in range(par.vcpus):
+            boot(m, i, k)
+            first_exits(m, i, k)

@@ -1,0 +1,135 @@
+"""A lane's memory at the start: guest RAM, scattered AUX pages, stage 1 tables that reach them, KVM's stage 2 tables.
+
+Guest pages are handed out in the order of a bijection of [0, ram_pages): stage 1 tables first, then the AUX pages of each vCPU.
+So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spepolicy.jit import jit
+from spepolicy.machine.host import (
+    GONE_MASK,
+    PRESENT,
+    RAM_FRAME0,
+    ROLE_BUFFER,
+    ROLE_HOT,
+    ROLE_SHIFT,
+    ROLE_TABLE,
+)
+from spepolicy.machine.rows import (
+    frame_key,
+    frame_slot,
+    host_page,
+    params,
+    pool,
+    pool_refs,
+    vcpu_row,
+    vm_row,
+)
+from spepolicy.machine.state import Machine
+from spepolicy.mmu.memory import attach, find
+from spepolicy.mmu.tables import S1_LEAF, S2_LEAF, STAGE2_FRAME0, TABLE_DESCRIPTOR, map_stage2, new_table, unmap_stage2
+from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID, level_shift
+
+# KVM's VTCR_EL2 for the default 40-bit IPA: start at level 1 with two concatenated root tables, HA set (mmu.md 6.5).
+VTCR_40BIT = 0x802D_3558
+ROOT_TABLES = 2
+
+# Kernel virtual addresses as int64. Each vCPU's AUX buffer has a window of 128 MiB in the vmalloc area.
+BUFFER_VA0 = -(1 << 47) + 0x1000_0000
+BUFFER_WINDOW_SHIFT = 27
+
+
+@jit
+def scatter(par: Any, index: int) -> int:
+    """Return the guest page that comes at *index* of the allocation order: a bijection of [0, ram_pages), a power of two."""
+    mask = par.ram_pages - 1
+    x = (index * par.scatter_a) & mask
+    x ^= x >> 7
+    return np.int64((x * par.scatter_b + par.scatter_c) & mask)
+
+
+@jit
+def guest_page(par: Any, k: int, generation: int, n: int) -> int:
+    """Return the guest page behind page *n* of vCPU *k*'s AUX buffer in its *generation*-th perf session."""
+    per_generation = par.vcpus * par.buffer_pages
+    generations = (par.ram_pages - par.guest_tables) // per_generation
+    base = par.guest_tables + (generation % generations) * per_generation
+    return scatter(par, base + k * par.buffer_pages + n)
+
+
+@jit
+def _guest_table(m: Machine, i: int, role: int) -> int:
+    """Give the guest one zeroed page for a stage 1 table; return its guest page number."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    page = scatter(par, vm.next_table)
+    vm.next_table += 1
+    slot = vm.pool_used
+    vm.pool_used += 1
+    pool(m, i)[slot, :] = 0
+    attach(frame_key(m, i), frame_slot(m, i), RAM_FRAME0 + page, slot)
+    host_page(m, i)[page] = host_page(m, i)[page] | (role << ROLE_SHIFT)
+    return page
+
+
+@jit
+def _map_stage1(m: Machine, i: int, va: int, page: int) -> None:
+    """The guest maps one page of its AUX buffer, making tables on the way."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    address = vm.ttbr1 & OA_MASK
+    for level in range(3):
+        slot = find(frame_key(m, i), frame_slot(m, i), address >> 12)
+        entry = (va >> level_shift(level)) & 511
+        if pool(m, i)[slot, entry] & VALID == 0:
+            table = _guest_table(m, i, ROLE_HOT if level < 2 else ROLE_TABLE)
+            pool(m, i)[slot, entry] = ((par.ram_page0 + table) << 12) | TABLE_DESCRIPTOR
+        address = pool(m, i)[slot, entry] & OA_MASK
+    slot = find(frame_key(m, i), frame_slot(m, i), address >> 12)
+    pool(m, i)[slot, (va >> 12) & 511] = ((par.ram_page0 + page) << 12) | S1_LEAF
+
+
+@jit
+def _map_all_ram(m: Machine, i: int) -> None:
+    """The guest has run for a while and touched all of its memory: stage 2 maps it, page by page."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    for first in range(0, par.ram_pages, 512):
+        ipa = (par.ram_page0 + first) << 12
+        map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, RAM_FRAME0 + first, 1)
+        slot = vm.pool_used - 1
+        count = min(par.ram_pages - first, 512)
+        for n in range(count):
+            pool(m, i)[slot, n] = ((RAM_FRAME0 + first + n) << 12) | S2_LEAF | S2_WRITE
+        pool_refs(m, i)[slot] = count
+
+
+@jit
+def build_memory(m: Machine, i: int) -> None:
+    """Lay out the memory of lane *i*, whose arrays are zero and whose frame hash is empty."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    for page in range(par.ram_pages):
+        host_page(m, i)[page] = (RAM_FRAME0 + page) | PRESENT
+    if par.virtualized != 0:
+        for _ in range(ROOT_TABLES):
+            new_table(vm, frame_key(m, i), frame_slot(m, i), pool(m, i))
+        vm.vttbr = STAGE2_FRAME0 << 12
+        vm.vtcr = VTCR_40BIT
+        _map_all_ram(m, i)
+    vm.ttbr1 = (par.ram_page0 + _guest_table(m, i, ROLE_HOT)) << 12
+    for k in range(par.vcpus):
+        v = vcpu_row(m, i, k)
+        v.buffer_va = BUFFER_VA0 + (k << BUFFER_WINDOW_SHIFT)
+        for n in range(par.buffer_pages):
+            page = guest_page(par, k, 0, n)
+            _map_stage1(m, i, v.buffer_va + (n << 12), page)
+            host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (ROLE_BUFFER << ROLE_SHIFT)
+            if par.virtualized != 0 and par.buffer_mapped == 0:
+                ipa = (par.ram_page0 + page) << 12
+                unmap_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa)

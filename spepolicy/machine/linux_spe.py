@@ -1,0 +1,369 @@
+"""The guest's SPE driver and perf's AUX ring, as in Linux 6.18 drivers/perf/arm_spe_pmu.c and kernel/events/ring_buffer.c.
+
+Section 3 of spe.md gives the arithmetic and the interrupt handler's table. Positions in the ring are byte counts since it was
+opened (`aux_head`, `aux_tail`); the offset into the buffer is the position modulo its size. A register access that traps is
+charged by `kvm.access`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spepolicy.arch.registers import (
+    BSC_FULL,
+    EC_OTHER,
+    PMBLIMITR_E,
+    PMBSR_COLL,
+    PMBSR_DL,
+    PMBSR_EC_MASK,
+    PMBSR_EC_SHIFT,
+    PMBSR_S,
+    PMSCR_E0SPE,
+    PMSCR_E1SPE,
+    PMSFCR_FE,
+    PMSFCR_FL,
+    PMSFCR_FT,
+    PMSFCR_TYPE_SHIFT,
+    PMSIRR_RND,
+)
+from spepolicy.jit import jit
+from spepolicy.machine.host import ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
+from spepolicy.machine.kvm import access
+from spepolicy.machine.layout import guest_page
+from spepolicy.machine.spu import drain, hold_counter
+from spepolicy.machine.rows import (
+    frame_key,
+    frame_slot,
+    host_page,
+    params,
+    pool,
+    seen,
+    tlb,
+    truth_row,
+    unseen,
+    vcpu_row,
+    vm_row,
+)
+from spepolicy.machine.state import NEVER, LostCause, Machine
+from spepolicy.mmu.tables import S1_LEAF, stage1_leaf
+from spepolicy.mmu.walker import OA_MASK
+
+TRUNCATED = 1
+PARTIAL = 4
+COLLISION = 8
+
+_RING_FULL = int(LostCause.RING_FULL)
+
+
+@jit
+def _wake_reader(par: Any, v: Any) -> None:
+    """perf_output_wakeup(): perf has read everything after its latency and the time that copying takes."""
+    if v.reader_ps == NEVER:
+        copy_ps = ((v.aux_head - v.aux_tail) * par.reader_ps_per_kib) >> 10
+        v.reader_ps = v.now_ps + par.reader_latency_ps + copy_ps
+
+
+@jit
+def output_end(m: Machine, i: int, k: int, size: int) -> None:
+    """perf_aux_output_end(): hand *size* bytes over, wake perf if the watermark is passed or data was lost."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.aux_head += size
+    v.handle_open = 0
+    watermark = (par.buffer_pages << 12) >> 1
+    if v.aux_head - v.aux_wakeup >= watermark:
+        v.aux_wakeup = v.aux_head - v.aux_head % watermark
+        _wake_reader(par, v)
+    if v.aux_flags & TRUNCATED != 0:
+        # irq_work disables the event; perf record enables it again when it has read the data.
+        v.event_active = 0
+        tr.truncated += 1
+        _wake_reader(par, v)
+    settle_records(m, i, k, v.aux_flags & PARTIAL != 0 and par.align_bytes != par.max_record_bytes)
+
+
+@jit
+def settle_records(m: Machine, i: int, k: int, discard: bool) -> None:
+    """Decide what becomes of the records written since the handle was opened.
+
+    With DL=1 and records of variable size nobody can find the last whole record, and records need not be written in order, so
+    all of them are thrown away (kvm.md 2.0 fact 3); fixed-size records end where the last whole one ends.
+    """
+    tr = truth_row(m, i, k)
+    for f in range(seen(m, i, k).shape[0]):
+        if not discard:
+            seen(m, i, k)[f] += unseen(m, i, k)[f]
+        unseen(m, i, k)[f] = 0
+    if discard:
+        tr.discarded += tr.pending
+    else:
+        tr.kept += tr.pending
+    tr.pending = 0
+
+
+@jit
+def _skip(m: Machine, i: int, k: int, size: int) -> None:
+    """Fill *size* bytes with padding and skip them (arm_spe_pmu_pad_buf, perf_aux_output_skip)."""
+    v = vcpu_row(m, i, k)
+    par = params(m, i)
+    v.aux_head += size
+    v.handle_head = v.aux_head
+    watermark = (par.buffer_pages << 12) >> 1
+    if v.aux_head - v.aux_wakeup >= watermark:
+        v.aux_wakeup = v.aux_head - v.aux_head % watermark
+        _wake_reader(par, v)
+
+
+@jit
+def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
+    """Return the end of the next writable stretch as a buffer offset, or 0 if there is none (spe.md 3.2, steps 1 to 4)."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    size = par.buffer_pages << 12
+    mask = size - 1
+    free = (v.aux_tail - v.aux_head - 1) & mask
+    misaligned = v.aux_head & (par.align_bytes - 1)
+    if misaligned != 0:
+        pad = min(par.align_bytes - misaligned, free)
+        _skip(m, i, k, pad)
+        free -= pad
+    if free == 0:
+        return np.int64(0)
+    head = v.aux_head & mask
+    tail = (v.aux_head + free) & mask
+    limit = size
+    if head < tail:
+        limit = tail & ~0xFFF
+    # The handle's end does not move when its head does: aux_head + free is the same before and after padding.
+    if wakeup < v.aux_head + free and head <= wakeup & mask:
+        limit = min(limit, ((wakeup & mask) + 0xFFF) & ~0xFFF)
+    if limit > head:
+        return np.int64(limit)
+    _skip(m, i, k, free)
+    return np.int64(0)
+
+
+@jit
+def output_begin(m: Machine, i: int, k: int) -> None:
+    """arm_spe_perf_aux_output_begin(): open a handle and program PMBPTR_EL1 and PMBLIMITR_EL1, or find no space."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    size = par.buffer_pages << 12
+    v.aux_flags = 0
+    v.pmblimitr = 0
+    if v.aux_head - v.aux_tail >= size - 1:
+        # perf_aux_output_begin() fails: the event is disabled and perf is woken.
+        _no_space(m, i, k)
+        access(m, i, k, 1, 0)
+        return
+    v.handle_open = 1
+    v.handle_head = v.aux_head
+    tr.sessions += 1
+    wakeup = v.aux_wakeup + (size >> 1)
+    limit = _next_offset(m, i, k, wakeup)
+    head = v.aux_head & (size - 1)
+    if limit != 0 and limit - head < par.max_record_bytes:
+        _skip(m, i, k, limit - head)
+        limit = _next_offset(m, i, k, wakeup)
+        head = v.aux_head & (size - 1)
+    if limit == 0:
+        v.aux_flags = TRUNCATED
+        output_end(m, i, k, 0)
+        _no_space(m, i, k)
+        access(m, i, k, 1, 0)
+        return
+    v.handle_head = v.aux_head
+    v.pmbptr = v.buffer_va + head
+    v.pmblimitr = (v.buffer_va + limit) | PMBLIMITR_E
+    access(m, i, k, 2, 0)
+
+
+@jit
+def _no_space(m: Machine, i: int, k: int) -> None:
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.event_active = 0
+    v.stop_cause = _RING_FULL
+    tr.ring_full += 1
+    _wake_reader(par, v)
+
+
+@jit
+def start_sampling(m: Machine, i: int, k: int) -> None:
+    """arm_spe_pmu_start(), second part: filters, interval and last PMSCR_EL1 (spe.md 3.5)."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    v.pmsfcr = 0
+    if par.type_filter != 0:
+        v.pmsfcr |= PMSFCR_FT | (par.type_filter << PMSFCR_TYPE_SHIFT)
+    if par.event_filter != 0:
+        v.pmsfcr |= PMSFCR_FE
+    if par.min_latency_cycles != 0:
+        v.pmsfcr |= PMSFCR_FL
+    v.pmsevfr = par.event_filter
+    v.pmslatfr = par.min_latency_cycles
+    v.pmsirr = par.period_ops | (PMSIRR_RND if par.jitter != 0 else 0)
+    v.pmscr = (PMSCR_E0SPE if par.profile_user != 0 else 0) | (PMSCR_E1SPE if par.profile_kernel != 0 else 0)
+    access(m, i, k, 0, 6)
+
+
+@jit
+def stop_sampling(m: Machine, i: int, k: int) -> None:
+    """arm_spe_pmu_disable_and_drain_local(), up to the drain: PMSCR_EL1=0, ISB, PSB CSYNC, DSB."""
+    v = vcpu_row(m, i, k)
+    hold_counter(v, v.now_ps)
+    v.pmscr = 0
+    drain(m, i, k)
+    access(m, i, k, 0, 1)
+
+
+@jit
+def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
+    """arm_spe_pmu_buf_get_fault_act() and output_end(): close the handle. Return True if the event was anything but buffer full."""
+    v = vcpu_row(m, i, k)
+    if syndrome & PMBSR_DL != 0:
+        v.aux_flags |= TRUNCATED | PARTIAL
+    if syndrome & PMBSR_COLL != 0:
+        v.aux_flags |= COLLISION
+    par = params(m, i)
+    mask = (par.buffer_pages << 12) - 1
+    # PTR - head: on a fault in the middle of a record the partial bytes are handed over too.
+    output_end(m, i, k, (v.pmbptr - v.buffer_va) - (v.handle_head & mask))
+    full = (syndrome & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_OTHER and syndrome & 0x3F == BSC_FULL
+    return not full
+
+
+@jit
+def stop_buffer(m: Machine, i: int, k: int) -> None:
+    """arm_spe_pmu_stop(), second part: PMBLIMITR_EL1=0, then close an open handle by what PMBSR_EL1 says."""
+    v = vcpu_row(m, i, k)
+    v.pmblimitr &= ~PMBLIMITR_E
+    access(m, i, k, 1, 0)
+    if v.handle_open != 0:
+        syndrome = visible_syndrome(params(m, i), v)
+        access(m, i, k, 2, 1)  # PMBSR and PMBPTR; PMSICR to continue the interval next time
+        if syndrome & PMBSR_S != 0:
+            _collect(m, i, k, syndrome)
+            clear_syndrome(v)
+            access(m, i, k, 1, 0)
+        else:
+            _collect(m, i, k, (syndrome & PMBSR_COLL) | BSC_FULL)
+            clear_syndrome(v)
+
+
+@jit
+def visible_syndrome(par: Any, v: Any) -> int:
+    """Return what the guest reads from PMBSR_EL1: KVM's view of it where the access traps, else the register."""
+    if par.virtualized != 0 and par.trap_pmb != 0:
+        return v.guest_pmbsr | (v.pmbsr & PMBSR_COLL)
+    return np.int64(v.pmbsr)
+
+
+@jit
+def clear_syndrome(v: Any) -> None:
+    """The guest writes PMBSR_EL1=0; the level of PMBIRQ falls."""
+    v.guest_pmbsr = 0
+    v.pmbsr = 0
+    v.virq = 0
+    v.irq_ps = NEVER
+    v.event_seen = 0
+
+
+@jit
+def handle_interrupt(m: Machine, i: int, k: int) -> bool:
+    """arm_spe_pmu_irq_handler(). Return True if it left the buffer enabled by its write to PMBSR_EL1 (spe.md 3.4)."""
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    syndrome = visible_syndrome(params(m, i), v)
+    access(m, i, k, 1, 0)
+    v.virq = 0
+    if syndrome & PMBSR_S == 0 or v.handle_open == 0:
+        tr.spurious += 1
+        if syndrome & PMBSR_S != 0:
+            clear_syndrome(v)
+        return False
+    access(m, i, k, 1, 0)  # PMBPTR_EL1
+    fatal = _collect(m, i, k, syndrome)
+    # The flags are gone once the handle is closed; what perf was told is in event_active and in the syndrome.
+    if fatal:
+        tr.fatal += 1
+        if syndrome & PMBSR_DL == 0:
+            tr.silent_fatal += 1
+    if fatal or v.event_active == 0:
+        stop_sampling(m, i, k)
+        v.pmblimitr = 0
+        access(m, i, k, 1, 0)
+    else:
+        output_begin(m, i, k)
+    clear_syndrome(v)
+    access(m, i, k, 1, 0)
+    return v.pmblimitr & PMBLIMITR_E != 0
+
+
+@jit
+def read_ring(m: Machine, i: int, k: int) -> None:
+    """perf record consumes the ring: its CPU touches the pages, the tail moves, and a disabled event is enabled again.
+
+    (tools/perf: auxtrace_record__read_finish() enables an event that the kernel disabled for lack of space or for lost data.)
+    """
+    par = params(m, i)
+    vm = vm_row(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    mask = (par.buffer_pages << 12) - 1
+    first = v.aux_tail >> 12
+    last = (v.aux_head + 0xFFF) >> 12
+    for page in range(first, last):
+        va = v.buffer_va + ((page << 12) & mask)
+        slot, entry, _reads = stage1_leaf(
+            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+        )
+        if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and par.virtualized != 0:
+            tr.cpu_faults += cpu_touch(m, i, ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0, 0)
+    v.aux_tail = v.aux_head
+    v.reader_ps = NEVER
+    if v.event_active == 0:
+        v.event_active = 1
+        v.restart = 1
+
+
+@jit
+def renew_buffer(m: Machine, i: int, k: int) -> None:
+    """perf ends and starts again: the kernel maps new AUX pages behind the same VA (unmap, TLBI, map), zeroed by the CPU."""
+    par = params(m, i)
+    vm = vm_row(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.buffer_generation += 1
+    for n in range(par.buffer_pages):
+        va = v.buffer_va + (n << 12)
+        slot, entry, _reads = stage1_leaf(
+            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+        )
+        old = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
+        host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
+        pool(m, i)[slot, entry] = 0
+    for e in range(tlb(m, i, k).shape[0]):
+        tlb(m, i, k)[e, 0] = -1
+    v.tlb_page = -1
+    for n in range(par.buffer_pages):
+        va = v.buffer_va + (n << 12)
+        slot, entry, _reads = stage1_leaf(
+            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+        )
+        page = guest_page(par, k, v.buffer_generation, n)
+        pool(m, i)[slot, entry] = ((par.ram_page0 + page) << 12) | S1_LEAF
+        host_page(m, i)[page] = host_page(m, i)[page] | (ROLE_BUFFER << ROLE_SHIFT)
+        if par.virtualized != 0 and par.buffer_mapped != 0:
+            tr.cpu_faults += cpu_touch(m, i, page, 1)
+    v.aux_head = 0
+    v.aux_tail = 0
+    v.aux_wakeup = 0
+    v.reader_ps = NEVER
+    v.event_active = 1
+    v.renewals += 1

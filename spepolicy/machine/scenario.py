@@ -1,0 +1,191 @@
+"""What defines one lane, as plain integers: the boundary between configuration and machine.
+
+Times are picoseconds (`_ps`), sizes are 4 KiB pages (`_pages`) or bytes (`_bytes`), probabilities are out of 2**16
+(`_q16`). Nothing here knows Hydra; `spepolicy.config` turns a composed configuration into these records, and
+`spepolicy.machine.build` turns these records into lanes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Costs",
+    "Cpu",
+    "Guest",
+    "Host",
+    "HostKind",
+    "IrqDelivery",
+    "Kvm",
+    "OpType",
+    "Scenario",
+    "SessionMode",
+    "Workload",
+]
+
+PAGE_BYTES = 4096
+
+
+class SessionMode(IntEnum):
+    """How the guest's perf opened the SPE event."""
+
+    PER_TASK = 0  # enabled only while the profiled task is on the CPU
+    PER_CPU = 1  # enabled until closed
+
+
+class HostKind(IntEnum):
+    """Where the host's memory management events come from."""
+
+    SILENT = 0
+    RANDOM = 1
+    RECORDED = 2
+
+
+class IrqDelivery(IntEnum):
+    """How KVM learns of a buffer management interrupt (kvm.md 2.5: I4 and I3)."""
+
+    FORCED_EXIT = 0  # the physical PMBIRQ makes the vCPU exit
+    NEXT_EXIT = 1  # KVM looks at PMBSR_EL1 at the next exit, whatever its reason
+
+
+class OpType(IntFlag):
+    """Operation types as the bits of PMSFCR_EL1's type filter, shifted down (spe.md rule 20: B 0, LD 1, ST 2)."""
+
+    OTHER = 0
+    BRANCH = 1
+    LOAD = 2
+    STORE = 4
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor: clock and SPE implementation."""
+
+    spe_version: int = 1  # ID_AA64DFR0_EL1.PMSVer, 1..6 (spe.md 1.1)
+    cycle_ps: int = 333  # one CPU cycle
+    max_record_bytes: int = 64  # 1 << PMSIDR_EL1.MaxSize
+    align_bytes: int = 64  # 1 << PMBIDR_EL1.Align; equal to max_record_bytes means fixed-size records
+    counter_bits: int = 12  # PMSIDR_EL1.CountSize: latency counters saturate
+    hardware_access_flag: bool = True  # PMBIDR_EL1.F: the SPU honours VTCR_EL2.HA / TCR_EL1.HA
+    data_loss_at_boundary: bool = False  # RYZJQX: DL on a fault at a record boundary is IMPLEMENTATION DEFINED
+    tlb_entries: int = 16  # SPU TLB entries, direct mapped, power of two
+    irq_latency_ps: int = 1_000_000  # S=1 until the core takes PMBIRQ (asynchronous, profiling is already off)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """The virtual machine's guest: its memory, and how its perf uses SPE (model of Linux drivers/perf/arm_spe_pmu.c)."""
+
+    vcpus: int = 1
+    ram_pages: int = 65536  # guest RAM, power of two, at IPA ram_base
+    ram_base: int = 0x4000_0000
+    buffer_pages: int = 1024  # AUX ring of each vCPU, power of two, 4..16384
+    buffer_mapped: bool = True  # stage 2 maps the AUX pages at the start: the kernel zeroed them when it allocated them
+    session: SessionMode = SessionMode.PER_TASK
+    profile_user: bool = True  # PMSCR_EL1.E0SPE
+    profile_kernel: bool = True  # PMSCR_EL1.E1SPE
+    period_ops: int = 4096  # PMSIRR_EL1.INTERVAL * 256; a multiple of 256
+    jitter: bool = True  # PMSIRR_EL1.RND
+    type_filter: int = 0  # OpType bits; 0: no type filter
+    event_filter: int = 0  # PMSEVFR_EL1 bits that must all be set; 0: no event filter
+    min_latency_cycles: int = 0  # PMSLATFR_EL1.MINLAT; 0: no latency filter
+    task_on_ps: int = 4_000_000_000  # mean time the profiled task runs before it is switched out
+    task_off_ps: int = 1_000_000_000  # mean time the other task runs
+    start_ps: int = 1_500_000  # guest instructions of arm_spe_pmu_start, without traps
+    stop_ps: int = 1_500_000  # guest instructions of arm_spe_pmu_stop, without traps
+    irq_entry_ps: int = 1_000_000  # guest exception entry until the handler reads PMBSR_EL1
+    irq_handler_ps: int = 2_000_000  # rest of the handler
+    reader_latency_ps: int = 200_000_000  # AUX wakeup until perf has the data
+    reader_bytes_per_us: int = 1000  # perf copies the AUX data to its file at this rate
+    renew_ps: int = 0  # mean guest time between perf sessions: a new one has new AUX pages behind the same VA; 0: never
+
+
+@dataclass(frozen=True)
+class Kvm:
+    """KVM's behaviour apart from the policy."""
+
+    exit_interval_ps: int = 100_000_000  # mean guest time between exits that have nothing to do with SPE; 0: none
+    preempt_interval_ps: int = 20_000_000_000  # mean guest time between preemptions of the vCPU; 0: none
+    preempt_ps: int = 1_000_000_000  # mean length of a preemption
+    memlock_pages: int = 2048  # RLIMIT_MEMLOCK of the VMM
+    memlock_unlimited: bool = False  # CAP_IPC_LOCK
+    irq_delivery: IrqDelivery = IrqDelivery.FORCED_EXIT
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each thing that KVM does costs, in host time."""
+
+    trap_ps: int = 2_000_000  # one trapped register access: exit, emulation, entry
+    exit_ps: int = 2_000_000  # one exit and entry without SPE state
+    spe_switch_ps: int = 300_000  # more per exit when SPE belongs to the guest: PSB CSYNC, DSB, MDCR_EL2
+    event_ps: int = 1_000_000  # reading PMBSR and deciding, on top of the exit
+    inject_ps: int = 500_000  # making the virtual PMBIRQ pending
+    walk_read_ps: int = 100_000  # one descriptor read by KVM's software walk of the guest's stage 1
+    pin_page_ps: int = 400_000  # pin_user_pages_fast for one resident page
+    unpin_page_ps: int = 100_000
+    map_page_ps: int = 500_000  # one stage 2 leaf, with the lock
+    unmap_page_ps: int = 300_000  # one stage 2 leaf, with the TLBI
+    swap_in_ps: int = 60_000_000  # one page from swap
+    copy_page_ps: int = 1_000_000  # break of a copy-on-write or KSM page
+    cpu_fault_ps: int = 4_000_000  # an ordinary stage 2 fault of the guest's CPU
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host's memory management, as events on the lane's memory."""
+
+    kind: HostKind = HostKind.SILENT
+    # RANDOM: one row per operation: (HostOp, mean interval in ps of host time, pages per event)
+    random_ops: tuple[tuple[int, int, int], ...] = ()
+    # RECORDED: see spepolicy.recording.Recording
+    recording: object | None = None
+    time_scale_q16: int = 1 << 16  # recording seconds per simulated second, times 2**16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A program as phases over functions. All arrays are made by `spepolicy.workload`.
+
+    A *distribution* is what an instruction stream looks like while one phase of the program, its system calls, the other
+    task or the SPE driver runs. An *outcome* is one kind of operation: (function, type, events, latency).
+    """
+
+    function_names: tuple[str, ...]
+    distribution_names: tuple[str, ...]
+    op_ps: NDArray[np.int64]  # [D] mean time per operation (population member)
+    alias_threshold: NDArray[np.int64]  # [D, 256] 0..2**24
+    alias_outcome: NDArray[np.int64]  # [D, 256, 2] outcome below / at or above the threshold
+    weight: NDArray[np.float64]  # [D, F] share of each function, sums to 1 per row
+    outcome_function: NDArray[np.int64]  # [K]
+    outcome_type: NDArray[np.int64]  # [K] OpType
+    outcome_events: NDArray[np.int64]  # [K] Events packet bits
+    outcome_latency_cycles: NDArray[np.int64]  # [K] shortest total latency
+    outcome_spread_cycles: NDArray[np.int64]  # [K] mean of the exponential part added to it
+    phase_user: NDArray[np.int64]  # [P] distribution at EL0 in each phase
+    phase_kernel: NDArray[np.int64]  # [P] distribution of system calls in each phase
+    phase_ps: NDArray[np.int64]  # [P] mean length of the phase
+    syscall_gap_ps: NDArray[np.int64]  # [P] mean EL0 time between system calls
+    syscall_ps: NDArray[np.int64]  # [P] mean length of a system call
+    other_user: int = 0  # distribution of the task that is not profiled, EL0
+    other_kernel: int = 0
+    driver: int = 0  # distribution of the SPE driver itself
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """All that defines a lane except policy and replicate."""
+
+    workload: Workload
+    duration_ps: int = 500_000_000_000  # guest-executed time per vCPU
+    cpu: Cpu = field(default_factory=Cpu)
+    guest: Guest = field(default_factory=Guest)
+    kvm: Kvm = field(default_factory=Kvm)
+    costs: Costs = field(default_factory=Costs)
+    host: Host = field(default_factory=Host)
+    seed: int = 1

@@ -1,0 +1,303 @@
+"""The Statistical Profiling Unit: sampling, filtering, writing records, and stopping. Rules are numbered as in spe.md section 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from spepolicy.arch.registers import (
+    BSC_FULL,
+    EC_OTHER,
+    EC_STAGE1,
+    EC_STAGE2,
+    PMBLIMITR_E,
+    PMBLIMITR_LIMIT,
+    PMBSR_COLL,
+    PMBSR_DL,
+    PMBSR_EC_SHIFT,
+    PMBSR_S,
+    PMSCR_E0SPE,
+    PMSCR_E1SPE,
+    PMSFCR_FE,
+    PMSFCR_FL,
+    PMSFCR_FT,
+    PMSFCR_TYPE_SHIFT,
+    PMSIRR_INTERVAL,
+    PMSIRR_RND,
+)
+from spepolicy.jit import jit
+from spepolicy.machine.draw import draw
+from spepolicy.machine.host import FRAME, GONE_HOST, GONE_MASK, GONE_SHIFT
+from spepolicy.machine.rows import (
+    alias_outcome,
+    alias_threshold,
+    exponential,
+    frame_key,
+    frame_slot,
+    host_page,
+    lost,
+    outcome_events,
+    outcome_function,
+    outcome_latency,
+    outcome_spread,
+    outcome_type,
+    params,
+    pool,
+    tlb,
+    truth_row,
+    unseen,
+    vcpu_row,
+    vm_row,
+)
+from spepolicy.machine.state import LostCause, Machine
+from spepolicy.mmu.walker import FSC_MASK, STAGE2, translate
+
+_FULL = int(LostCause.BUFFER_FULL)
+_STAGE1 = int(LostCause.STAGE1_FAULT)
+_NOT_PINNED = int(LostCause.STAGE2_NOT_PINNED)
+_GUEST = int(LostCause.STAGE2_GUEST)
+_HOST = int(LostCause.STAGE2_HOST)
+
+# True causes as spepolicy.hookspecs.Cause numbers them.
+_CAUSE_NOT_PINNED = 1
+_CAUSE_GUEST = 2
+_CAUSE_HOST = 3
+
+# Bytes of a record before padding, without context and PA packets (spe.md 4.6), by OpType & 7.
+_SIZES = (36, 45, 45, 45, 43, 45, 45, 45)
+
+
+@jit
+def profiling_enabled(v: Any) -> bool:
+    """StatisticalProfilingEnabled() at the current exception level for an EL1-owned buffer (rules 3 and 4)."""
+    bit = PMSCR_E1SPE if v.level == 1 else PMSCR_E0SPE
+    return v.pmscr & bit != 0 and v.pmblimitr & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0
+
+
+@jit
+def record_bytes(par: Any, kind: int) -> int:
+    """Return the size of a record for an operation type, padded to PMBIDR_EL1.Align (rule 27)."""
+    if par.align_bytes == par.max_record_bytes:
+        return np.int64(par.max_record_bytes)
+    size = _SIZES[kind]
+    size = (size + par.align_bytes - 1) & ~(par.align_bytes - 1)
+    return np.int64(min(size, par.max_record_bytes))
+
+
+@jit
+def rejected(v: Any, kind: int, events: int, latency: int) -> bool:
+    """Apply the event, type and latency filters, which are ANDed (rules 19 and 20, without FEAT_SPE_EFT)."""
+    if v.pmsfcr & PMSFCR_FT != 0 and (v.pmsfcr >> PMSFCR_TYPE_SHIFT) & 7 & kind == 0:
+        return True
+    if v.pmsfcr & PMSFCR_FE != 0 and events & v.pmsevfr != v.pmsevfr:
+        return True
+    return v.pmsfcr & PMSFCR_FL != 0 and latency < v.pmslatfr
+
+
+@jit
+def stop(par: Any, v: Any, syndrome: int, at_ps: int, cause: int) -> None:
+    """A buffer management event: S=1, profiling stops, PMBIRQ is on its way (rules 37, 38, 46)."""
+    v.pmbsr = (v.pmbsr & (PMBSR_COLL | PMBSR_DL)) | PMBSR_S | syndrome
+    v.stop_ps = at_ps
+    v.stop_cause = cause
+    v.event_seen = 0
+    v.irq_ps = at_ps + par.irq_latency_ps
+    hold_counter(v, at_ps)
+
+
+@jit
+def hold_counter(v: Any, at_ps: int) -> None:
+    """Profiling is no longer enabled: the interval counter keeps what is left (rule 13)."""
+    if v.counting != 0:
+        v.left_ops = max((v.select_ps - at_ps + v.rate_ps - 1) // v.rate_ps, 1)
+        v.counting = 0
+
+
+@jit
+def run_counter(v: Any, rate_ps: int) -> None:
+    """Profiling is enabled, and operations take *rate_ps* each: let the counter run on from what it holds (rule 9)."""
+    if v.counting != 0:
+        if v.rate_ps == rate_ps:
+            return
+        hold_counter(v, v.now_ps)
+    if v.left_ops == 0:
+        # PMSICR_EL1 is 0, as software leaves it before a session: load the interval.
+        v.left_ops = v.pmsirr & PMSIRR_INTERVAL
+        if v.pmsirr & PMSIRR_RND != 0:
+            v.left_ops += draw(v.key_sample, v.sample_draws) & 0xFF
+            v.sample_draws += 1
+    v.select_ps = v.now_ps + v.left_ops * rate_ps
+    v.rate_ps = rate_ps
+    v.counting = 1
+
+
+@jit
+def find_page(m: Machine, i: int, k: int, va: int) -> int:
+    """Make the page of *va* the one in v.tlb_page, walking on a TLB miss. Return 0 or the walk's status."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    page = va >> 12
+    e = page & par.tlb_mask
+    if tlb(m, i, k)[e, 0] != page:
+        vm = vm_row(m, i)
+        status, pa, ipa, reads = translate(
+            frame_key(m, i), frame_slot(m, i), pool(m, i), va, vm.ttbr1, vm.vttbr, vm.vtcr, par.virtualized, 1,
+            par.hardware_access_flag,
+        )
+        tr.walks += 1
+        tr.walk_reads += reads
+        if status != 0:
+            tr.fault_cause = _true_cause(m, i, status, ipa)
+            return np.int64(status)
+        tlb(m, i, k)[e, 0] = page
+        tlb(m, i, k)[e, 1] = pa >> 12
+        tlb(m, i, k)[e, 2] = ipa >> 12
+        guest_page = (ipa >> 12) - par.ram_page0
+        diverged = 1 if host_page(m, i)[guest_page] & FRAME != pa >> 12 else 0
+        tlb(m, i, k)[e, 3] = diverged
+        tr.diverged_pages += diverged
+    tr.diverged_now = tlb(m, i, k)[e, 3]
+    v.tlb_page = page
+    return np.int64(0)
+
+
+@jit
+def _true_cause(m: Machine, i: int, status: int, ipa: int) -> int:
+    """Say why stage 2 has no usable entry: only the judge is told."""
+    par = params(m, i)
+    page = (ipa >> 12) - par.ram_page0
+    if page < 0 or page >= par.ram_pages:
+        return np.int64(_CAUSE_GUEST)  # the guest's own tables point outside its memory
+    gone = (host_page(m, i)[page] & GONE_MASK) >> GONE_SHIFT
+    return np.int64(_CAUSE_HOST if gone == GONE_HOST else _CAUSE_NOT_PINNED)
+
+
+@jit
+def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_ps: int) -> None:
+    """An MMU fault on a buffer write: the sample is lost, PMBPTR is the faulting address (rules 38 to 40)."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.pmbptr = address
+    syndrome = status & FSC_MASK
+    if status & STAGE2 != 0:
+        syndrome |= EC_STAGE2 << PMBSR_EC_SHIFT
+        cause = _HOST
+        if tr.fault_cause == _CAUSE_NOT_PINNED:
+            cause = _NOT_PINNED
+        elif tr.fault_cause == _CAUSE_GUEST:
+            cause = _GUEST
+        tr.stage2_faults += 1
+    else:
+        syndrome |= EC_STAGE1 << PMBSR_EC_SHIFT
+        cause = _STAGE1
+        tr.stage1_faults += 1
+    if cut != 0 or par.data_loss_at_boundary != 0:
+        syndrome |= PMBSR_DL
+        tr.data_loss += 1
+    lost(m, i, k)[cause] += 1
+    tr.fault_loss_cause = cause
+    stop(par, v, syndrome, at_ps, cause)
+    if status & STAGE2 != 0 and tr.stage2_faults == 1:
+        tr.first_fault_ps = at_ps + v.host_ps
+        tr.first_fault_va = address
+        tr.first_fault_syndrome = v.pmbsr
+
+
+@jit
+def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
+    """The operation in flight is done: filter its record and write it. Return True if that stopped the SPU."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.flight = 0
+    outcome = v.flight_outcome
+    kind = outcome_type(m)[outcome] & 7
+    if v.pmsfcr != 0 and rejected(v, kind, outcome_events(m)[outcome], min(v.flight_latency, par.latency_max)):
+        tr.filtered += 1
+        return False
+    size = record_bytes(par, kind)
+    pointer = v.pmbptr
+    if pointer >> 12 != v.tlb_page:
+        status = find_page(m, i, k, pointer)
+        if status != 0:
+            _fault(m, i, k, status, pointer, 0, at_ps)
+            return True
+    if (pointer + size - 1) >> 12 != v.tlb_page:
+        # Rule 29: bytes are written one after the other, so the first byte on the next page is where it stops.
+        boundary = ((pointer >> 12) + 1) << 12
+        status = find_page(m, i, k, boundary)
+        if status != 0:
+            _fault(m, i, k, status, boundary, 1, at_ps)
+            return True
+    v.pmbptr = pointer + size
+    tr.written += 1
+    tr.pending += 1
+    tr.diverged_records += tr.diverged_now
+    unseen(m, i, k)[outcome_function(m)[outcome]] += 1
+    word = (outcome << 40) ^ (v.flight_latency << 24) ^ (pointer & 0xFF_FFFF)
+    tr.digest = (tr.digest ^ word) * 0x1E37_79B9_7F4A_7C15
+    if v.pmbptr > (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes:
+        tr.buffer_full += 1
+        stop(par, v, (EC_OTHER << PMBSR_EC_SHIFT) | BSC_FULL, at_ps, _FULL)
+        return True
+    return False
+
+
+@jit
+def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
+    """Run the SPU of one vCPU, which is profiling, in guest time; return the time reached: *until_ps*, or when it stopped."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    rate = v.rate_ps
+    interval = (v.pmsirr & PMSIRR_INTERVAL) + 1
+    random_mask = 0xFF if v.pmsirr & PMSIRR_RND != 0 else 0
+    distribution = v.distribution
+    while True:
+        if v.flight != 0 and v.busy_until_ps <= until_ps and v.busy_until_ps <= v.select_ps:
+            at = v.busy_until_ps
+            if complete(m, i, k, at):
+                return np.int64(at)
+        elif v.select_ps <= until_ps:
+            at = v.select_ps
+            bits = draw(v.key_sample, v.sample_draws)
+            v.sample_draws += 1
+            tr.selected += 1
+            # Rules 10 and 11: the member that finds COUNT=0 reloads it and is not counted, hence the 1 in interval.
+            v.select_ps = at + (interval + (bits & random_mask)) * rate
+            if at < v.busy_until_ps:
+                # Rule 14: one sample at a time; the new one is dropped. A drain writes the record earlier but the
+                # operation still takes its time, so that a world switch does not change which samples collide.
+                tr.collided += 1
+                v.pmbsr |= PMBSR_COLL
+            else:
+                slot = (bits >> 8) & 0xFF
+                side = 0 if (bits >> 16) & 0xFF_FFFF < alias_threshold(m)[distribution, slot] else 1
+                outcome = alias_outcome(m)[distribution, slot, side]
+                latency = outcome_latency(m)[outcome]
+                spread = outcome_spread(m)[outcome]
+                if spread != 0:
+                    index = (bits >> 40) & 1023
+                    latency += (spread * exponential(m)[index]) >> 20
+                v.flight = 1
+                v.flight_outcome = outcome
+                v.flight_latency = latency
+                v.busy_until_ps = at + latency * par.cycle_ps
+        else:
+            return np.int64(until_ps)
+
+
+@jit
+def drain(m: Machine, i: int, k: int) -> None:
+    """PSB CSYNC and DSB: the record of the operation in flight is written now (rules 48 and 49)."""
+    v = vcpu_row(m, i, k)
+    if v.flight != 0:
+        if v.pmblimitr & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0:
+            complete(m, i, k, v.now_ps)
+        else:
+            # Rule 7: with the buffer disabled or stopped a collected record is discarded.
+            v.flight = 0
+            lost(m, i, k)[v.stop_cause] += 1

@@ -1,0 +1,304 @@
+"""Every field of the machine's state: name, unit, meaning, in one place.
+
+All fields are int64, so that the compiled and the interpreted form of the machine compute the same. A lane (one VM) is a row
+of `PARAMS` and `VM`; each of its vCPUs is a row of `VCPU`, of which the SPE registers are what KVM could read, and a row of
+`TRUTH`, which only the judge reads. `Machine` ties the arrays of one batch together.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+NEVER = np.int64(1) << np.int64(62)  # a time that does not come
+LOST_CAUSES = 8
+WINDOW_LOG = 128
+
+# PARAMS: constants of a lane, from `spepolicy.machine.scenario`; same names, same units.
+_PARAMS = """
+virtualized vcpus ram_pages ram_page0 buffer_pages buffer_mapped session profile_user profile_kernel period_ops jitter
+type_filter event_filter min_latency_cycles task_on_ps task_off_ps start_ps stop_ps irq_entry_ps irq_handler_ps
+reader_latency_ps reader_ps_per_kib renew_ps duration_ps
+spe_version cycle_ps max_record_bytes align_bytes latency_max hardware_access_flag data_loss_at_boundary tlb_mask irq_latency_ps
+exit_interval_ps preempt_interval_ps preempt_ps memlock_pages next_exit_only
+trap_ps exit_ps spe_switch_ps event_ps inject_ps walk_read_ps pin_page_ps unpin_page_ps map_page_ps unmap_page_ps swap_in_ps
+copy_page_ps cpu_fault_ps
+trap_pmb trap_pms hooks notifier_filter
+host_kind random_ops recording_scale_q16 recording_span_ps phases guest_tables scatter_a scatter_b scatter_c
+""".split()
+
+# VM: what the vCPUs of a lane share.
+_VM = """
+key_host            hash key of the host's random draws
+started             vm_created has been called
+finished            all vCPUs have run for duration_ps
+hook                HOOK_* that the lane waits for, 0 if none
+hook_vcpu           the vCPU that reached it
+ttbr1               guest TTBR1_EL1: IPA of the stage 1 root
+vttbr               VTTBR_EL2: PA of the stage 2 root tables
+vtcr                VTCR_EL2
+pool_used           table pages handed out
+next_table          stage 1 table pages handed out
+pool_free           head of the list of free table pages, -1 if none
+next_frame          next host page frame to hand out
+host_next_ps        host time of the next host event
+host_index          RECORDED: index of the next event; RANDOM: the operation that comes next
+host_round          RECORDED: times that the recording started over
+host_draws          counter of key_host
+host_events         host operations applied
+notifier_calls      MMU notifier events that reached KVM
+notifier_ignored    of these, events on pages that the policy's filter kept mapped
+stage2_unmapped     stage 2 leaves removed by notifiers
+stage2_maps         stage 2 leaves written by KVM
+pinned_pages        pins held by KVM now (pages, counted once per pin)
+pinned_peak_pages
+pinned_since_ps     host time of the last change of pinned_pages
+pinned_page_ps      integral of pinned_pages over host time, in page x 1000 ps
+pin_calls           pages pinned in total
+pin_refused         pages refused by the memlock limit
+stale_pins          pinned pages that the host replaced behind the pin
+startup_ps          time spent in vm_created
+window_count        rows in the blackout window log
+"""
+
+# VCPU: clocks, registers, SPU, guest and KVM state of one vCPU.
+_VCPU = """
+now_ps              guest time: advances only while the guest executes
+host_ps             host time minus guest time: what exits, traps and preemptions took so far
+pmscr               PMSCR_EL1
+pmsfcr              PMSFCR_EL1
+pmsevfr             PMSEVFR_EL1
+pmslatfr            PMSLATFR_EL1
+pmsirr              PMSIRR_EL1
+pmbptr              PMBPTR_EL1
+pmblimitr           PMBLIMITR_EL1
+pmbsr               PMBSR_EL1 of the hardware
+guest_pmbsr         PMBSR_EL1 as the guest reads it
+key_program         hash keys of this vCPU's random streams
+key_sample
+key_kvm
+program_draws       counters of these streams
+sample_draws
+kvm_draws
+counting            1 while the interval counter runs (profiling enabled now)
+select_ps           guest time of the next selection while counting
+left_ops            operations until the next selection while not counting
+rate_ps             ps per operation that select_ps was computed with
+busy_until_ps       the sampled operation in flight completes
+flight              1: a sample is in flight
+flight_outcome      its outcome
+flight_latency      its latency in cycles
+tlb_page            virtual page that the last record went to, -1 if none: must be in the TLB
+stop_ps             guest time at which the SPU stopped last
+stop_cause          LostCause of it
+irq_ps              guest time at which the core takes PMBIRQ, NEVER if none is under way
+event_seen          1: KVM has handled the event in pmbsr
+virq                1: the virtual (or bare-metal) PMBIRQ is pending at the guest
+exit_next_ps        guest time of the next ordinary exit
+preempt_next_ps     guest time of the next preemption
+reader_ps           guest time at which perf has consumed what it was woken for
+segment             SEG_*: what the guest executes
+segment_end_ps      guest time at which the segment ends
+segment_ps          its length in program time
+restart             1: perf enabled the event again, or opened a new session: arm_spe_pmu_start is due
+hook_next           HOOK_* that follows the one just answered
+level               exception level it executes at, 0 or 1
+distribution        which operations it executes
+resume_segment      segment that an interrupt handler returns to
+resume_left_ps      what was left of it
+resume_whole_ps     its length in program time
+renew_due           1: perf is ending its session and opens another
+resume_level
+resume_distribution
+task                0 the profiled task, 1 the other
+phase               phase of the program
+phase_left_ps       program time until the phase ends
+switch_left_ps      program time until the next context switch
+syscall_left_ps     program time until the next system call
+renew_next_ps       guest time of the next perf session
+renewals            perf sessions opened after the first
+event_active        perf event state: 1 ACTIVE or INACTIVE, 0 disabled after truncation
+handle_open         1: an AUX output handle is open
+wanted              1: a session is open and its task is on the CPU
+aux_head            bytes written to the AUX ring since it was opened
+aux_tail            bytes consumed by perf
+aux_wakeup          aux_head at which perf was last woken, rounded down
+aux_flags           flags of the open handle, PERF_AUX_FLAG_*
+handle_head         aux_head at which the handle was opened
+buffer_va           VA of the AUX ring
+buffer_generation   which set of IPA pages stands behind it
+pin_count           pages in the list of pins, the current set
+pin_fresh           pages in the list under construction
+pin_list            which of the two lists is current
+walk_pages          pages found by the last walk
+walk_status         0, or the stage 1 fault status of the first page that is not mapped
+answered            1: the policy answered the fault; 2: by injecting
+claim               Cause claimed for the last fault, -1 if none
+window_open         1: a blackout is open
+window_start_ps
+window_start_host_ps
+window_cause
+window_ps           guest time in it that was wanted
+window_missed_ops   missed operations in it
+"""
+
+# TRUTH: what only the judge may know.
+_TRUTH = """
+selected            samples selected
+collided            dropped: another was in flight
+filtered            rejected by PMSFCR_EL1
+written             records written whole into the buffer
+kept                records handed to perf, or in the buffer at the end
+discarded           written, then thrown away because of DL
+pending             written since the AUX handle was opened
+in_flight           1 at the end if a sample was in flight
+wanted_ps           guest time in which profiling was wanted
+active_ps           of it, time in which the SPU sampled
+wanted_ops          operations executed in wanted time
+missed_ops          operations executed in blackout
+trap_total_ps       host time in traps of SPE registers
+hook_total_ps       host time that the policy's tools charged
+event_total_ps      host time in exits for PMBIRQ, reading PMBSR, injection
+switch_total_ps     host time of SPE state in ordinary exits
+other_host_ps       host time that SPE is not to blame for: exits, preemption
+traps               trapped register accesses
+exits               ordinary exits
+preemptions
+irqs                PMBIRQ taken
+spurious            handler found S=0
+buffer_full         buffer full events
+stage1_faults
+stage2_faults
+data_loss           events with DL=1
+sessions            AUX handles opened
+truncated           handles closed with PERF_AUX_FLAG_TRUNCATED
+fatal               events that the driver answered by switching SPE off
+silent_fatal        of these, without any AUX flag: perf does not know
+ring_full           starts refused because the ring had no space
+walks               SPU translations that missed the TLB
+walk_reads          descriptor reads by the SPU's walks
+diverged_pages      TLB fills for pages whose stage 2 entry is not what the VMM's address shows
+diverged_records    records written to such pages
+diverged_now        1: the page of tlb_page is one
+fault_cause         true Cause of the last stage 2 fault
+fault_loss_cause    LOST_* it counts under
+eret_unpinned       EL0-only session: faults while {E0SPE,E1SPE} = {1,0}
+injected_impdef     events told to the guest, by Event
+injected_external
+injected_stage1
+injected_stage2
+forged_loss         DL=1 told to the guest although no record was cut
+resumed_cut         faults with DL=1 that were resumed: a cut record stays in the stream
+refused             sessions that the policy refused for the memlock limit
+digest              hash over all records written, in order
+cpu_faults          stage 2 faults of the guest's CPU that perf's reading caused
+first_fault_ps      host time of the first stage 2 fault, NEVER if none
+first_fault_va
+first_fault_syndrome PMBSR_EL1 of the first stage 2 fault
+"""
+
+
+def _dtype(text: str) -> np.dtype[np.void]:
+    return np.dtype([(line.split()[0], np.int64) for line in text.strip().splitlines()])
+
+
+PARAMS = np.dtype([(name, np.int64) for name in _PARAMS])
+VM = _dtype(_VM)
+VCPU = _dtype(_VCPU)
+TRUTH = _dtype(_TRUTH)
+
+WINDOW = np.dtype([
+    ("vcpu", np.int64),
+    ("start_ps", np.int64),  # guest time
+    ("start_host_ps", np.int64),  # host time
+    ("host_length_ps", np.int64),  # host time from start to end
+    ("length_ps", np.int64),  # guest time in it in which profiling was wanted
+    ("missed_ops", np.int64),
+    ("cause", np.int64),  # LostCause
+])
+
+
+class LostCause(IntEnum):
+    """Why a blackout began, or a sample was lost: DESIGN 5."""
+
+    BUFFER_FULL = 0
+    STAGE1_FAULT = 1
+    STAGE2_NOT_PINNED = 2
+    STAGE2_GUEST = 3
+    STAGE2_HOST = 4
+    STAGE2_KVM_BUG = 5
+    RING_FULL = 6  # perf did not read in time: no space in the AUX ring
+    REFUSED = 7  # the policy told the guest that it cannot profile
+
+
+class Hook(IntEnum):
+    """Points at which the machine waits for the policy. Bit 1 << value of `PARAMS.hooks` says whether it is implemented."""
+
+    NONE = 0
+    VM_CREATED = 1
+    BUFFER_ENABLED = 2
+    PROFILING_ENABLED = 3
+    BUFFER_DISABLED = 4
+    STAGE2_FAULT = 5
+    VM_DESTROYED = 6
+    LOG_FULL = 7  # not a hook: the driver empties the window log
+
+
+class Segment(IntEnum):
+    """What a vCPU executes. Program segments can be interrupted, driver segments run with interrupts masked."""
+
+    USER = 0
+    KERNEL = 1
+    STOP = 2  # arm_spe_pmu_stop, on the way out of the profiled task
+    START = 3  # arm_spe_pmu_start, up to PMBLIMITR_EL1.E=1
+    START_SAMPLING = 4  # up to PMSCR_EL1
+    IRQ_ENTRY = 5  # exception entry until PMBSR_EL1 is read
+    IRQ_HANDLER = 6  # the rest
+    DONE = 7
+
+
+class Machine(NamedTuple):
+    """The arrays of a batch of N lanes with V vCPUs each. Workload and recording are shared by all lanes."""
+
+    par: NDArray[np.void]  # PARAMS[N]
+    vm: NDArray[np.void]  # VM[N]
+    vcpu: NDArray[np.void]  # VCPU[N, V]
+    truth: NDArray[np.void]  # TRUTH[N, V]
+    window: NDArray[np.void]  # WINDOW[N, WINDOW_LOG]
+    lost: Ints  # [N, V, LOST_CAUSES] samples lost by cause
+    blackout_ps: Ints  # [N, V, LOST_CAUSES] guest time wanted and not active, by cause
+    claims: Ints  # [N, 6, 6] stage 2 faults by claimed and true Cause
+    host_ops: Ints  # [N, 16] host operations applied, by HostOp
+    exposure_ps: Ints  # [N, V, D] wanted guest time by distribution
+    seen: Ints  # [N, V, F] records kept, by function
+    unseen: Ints  # [N, V, F] records written since the handle was opened, by function
+    tlb: Ints  # [N, V, E, 4] virtual page or -1, host frame, IPA page, flags
+    pins: NDArray[np.int32]  # [N, V, 2, pages] guest page numbers that KVM holds pinned
+    pool: Ints  # [N, P, 512] table pages: descriptors of both stages
+    pool_refs: NDArray[np.int32]  # [N, P] valid entries in a stage 2 table page
+    frame_key: Ints  # [N, H] open-addressing hash: host frame number or -1
+    frame_slot: NDArray[np.int32]  # [N, H] table page that the frame holds
+    host_page: Ints  # [N, ram_pages] the VMM's page table: see spepolicy.machine.host. Last array that belongs to lanes
+    # workload (spepolicy.machine.scenario.Workload)
+    op_ps: Ints
+    alias_threshold: Ints
+    alias_outcome: Ints
+    outcome_function: Ints
+    outcome_type: Ints
+    outcome_events: Ints
+    outcome_latency: Ints
+    outcome_spread: Ints
+    phase: Ints  # [P, 5] user, kernel distribution, length, syscall gap, syscall length
+    roles: Ints  # [3] distributions: other user, other kernel, driver
+    # host events
+    rec_ps: Ints  # RECORDED: time of each event in recording picoseconds
+    rec_first: NDArray[np.int32]
+    rec_end: NDArray[np.int32]
+    rec_op: NDArray[np.uint8]  # HostOp, plus 0x80 for a write by the CPU
+    random_op: Ints  # [R, 3] HostOp, mean interval ps, pages
+    exponential: Ints  # see spepolicy.machine.draw

@@ -1,0 +1,349 @@
+"""KVM's tools, as policies use them through `spepolicy.batch`: each acts on many vCPUs, obeys the machine's rules and charges its cost.
+
+`lanes` and `vcpus` are int64[n]; results are int64[n].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.arch.registers import (
+    EC_IMPDEF,
+    EC_STAGE1,
+    FSC_EXTERNAL_ABORT,
+    FSC_TRANSLATION,
+    PMBSR_COLL,
+    PMBSR_DL,
+    PMBSR_EA,
+    PMBSR_EC_SHIFT,
+    PMBSR_S,
+)
+from spepolicy.jit import entry, jit
+from spepolicy.machine.host import PIN_MASK, PIN_ONE, map_page, resident
+from spepolicy.machine.kvm import inject
+from spepolicy.machine.spu import hold_counter
+from spepolicy.machine.rows import (
+    claims,
+    frame_key,
+    frame_slot,
+    host_page,
+    params,
+    pins,
+    pool,
+    truth_row,
+    vcpu_row,
+    vm_row,
+)
+from spepolicy.machine.state import NEVER, LostCause, Machine
+from spepolicy.mmu.memory import find
+from spepolicy.mmu.tables import stage1_leaf
+from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, STAGE1, VALID, level_shift
+
+Ints = NDArray[np.int64]
+
+_REFUSED = int(LostCause.REFUSED)
+_STAGE1_FAULT = int(LostCause.STAGE1_FAULT)
+
+# What `pin` answers.
+PIN_OK, PIN_OVER_LIMIT, PIN_NO_PAGE = range(3)
+
+# spepolicy.hookspecs.Event
+_EVENT_STAGE1, _EVENT_STAGE2, _EVENT_EXTERNAL, _EVENT_IMPDEF = range(1, 5)
+
+
+@jit
+def _charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.host_ps += cost_ps
+    tr.hook_total_ps += cost_ps
+
+
+@jit
+def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
+    """Change the number of pinned pages and carry the integral over time on (in page x 1000 ps, to stay below 2**63)."""
+    elapsed = max(now_ps - vm.pinned_since_ps, 0)
+    vm.pinned_page_ps += vm.pinned_pages * (elapsed // 1000)
+    vm.pinned_since_ps = max(now_ps, vm.pinned_since_ps)
+    vm.pinned_pages += pages
+    vm.pinned_peak_pages = max(vm.pinned_peak_pages, vm.pinned_pages)
+
+
+@jit
+def _leaf_status(descriptor: int) -> int:
+    """Say whether software finds a page behind a stage 1 descriptor that the SPU may write to."""
+    if descriptor & VALID == 0:
+        return np.int64(STAGE1 | FSC_TRANSLATION | 3)
+    if descriptor & AF == 0:
+        return np.int64(STAGE1 | 0x08 | 3)
+    if descriptor & S1_READ_ONLY != 0:
+        return np.int64(STAGE1 | 0x0C | 3)
+    return np.int64(0)
+
+
+@jit
+def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
+    """Add the guest pages that hold the stage 1 tables of *va* to the list under construction; return the new count."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    fresh = pins(m, i, k)[1 - v.pin_list]
+    address = vm.ttbr1 & OA_MASK
+    for level in range(4):
+        page = (address >> 12) - par.ram_page0
+        if page < 0 or page >= par.ram_pages or count >= fresh.shape[0]:
+            break
+        fresh[count] = page
+        count += 1
+        slot = find(frame_key(m, i), frame_slot(m, i), host_page(m, i)[page] & 0xF_FFFF_FFFF)
+        if slot < 0 or level == 3:
+            break
+        address = pool(m, i)[slot, (va >> level_shift(level)) & 511] & OA_MASK
+    return np.int64(count)
+
+
+@entry
+def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: int) -> Ints:
+    """Walk the guest's stage 1 for the pages of [lo, hi) in software and list the guest pages. Return 0 or the first failure's status."""
+    status = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        k = vcpus[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        v = vcpu_row(m, i, k)
+        fresh = pins(m, i, k)[1 - v.pin_list]
+        count = np.int64(0)
+        reads = np.int64(0)
+        table = np.int64(-1)
+        slot = np.int64(-1)
+        for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
+            va = page << 12
+            if va >> 21 != table:
+                slot, _entry, steps = stage1_leaf(
+                    frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+                )
+                reads += steps
+                table = va >> 21
+                if pin_tables != 0:
+                    count = _collect_tables(m, i, k, va, count)
+            else:
+                reads += 1
+            descriptor = pool(m, i)[slot, page & 511] if slot >= 0 else np.int64(0)
+            status[n] = _leaf_status(descriptor)
+            guest_page = ((descriptor & OA_MASK) >> 12) - par.ram_page0
+            if status[n] == 0 and (guest_page < 0 or guest_page >= par.ram_pages):
+                status[n] = STAGE1 | FSC_TRANSLATION | 3  # points outside the VM's memory: nothing to pin
+            if status[n] != 0 or count >= fresh.shape[0]:
+                break
+            fresh[count] = guest_page
+            count += 1
+        v.pin_fresh = count
+        v.walk_status = status[n] & (FSC_MASK | STAGE1)
+        _charge(m, i, k, reads * par.walk_read_ps)
+    return status
+
+
+@entry
+def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
+    """Pin the pages that the last walk listed (FOLL_WRITE | FOLL_LONGTERM) and map them writable at stage 2. Return PIN_* each."""
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        k = vcpus[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        v = vcpu_row(m, i, k)
+        fresh = pins(m, i, k)[1 - v.pin_list]
+        if vm.pinned_pages + v.pin_fresh > par.memlock_pages:
+            vm.pin_refused += v.pin_fresh
+            v.pin_fresh = 0
+            result[n] = PIN_OVER_LIMIT
+            continue
+        done = np.int64(0)
+        cost = np.int64(0)
+        while done < v.pin_fresh:
+            paid = _pin_page(m, i, fresh[done])
+            if paid < 0:
+                result[n] = PIN_NO_PAGE
+                break
+            cost += paid
+            done += 1
+        vm.pin_calls += done
+        _account_pins(vm, done, v.now_ps + v.host_ps)
+        v.pin_fresh = done
+        _charge(m, i, k, cost)
+        if result[n] != PIN_OK:
+            _unpin_list(m, i, k, 1 - v.pin_list, done)
+            v.pin_fresh = 0
+    return result
+
+
+@jit
+def _pin_page(m: Machine, i: int, page: int) -> int:
+    """Pin and map one page; return the cost in ps or -1."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    cost = resident(m, i, page, 1)
+    if cost < 0:
+        return cost
+    host_page(m, i)[page] += PIN_ONE
+    before = vm.stage2_maps
+    cost += par.pin_page_ps + map_page(m, i, page, 1)
+    if vm.stage2_maps != before:
+        cost += par.map_page_ps
+    return np.int64(cost)
+
+
+@jit
+def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
+    vm = vm_row(m, i)
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    pages = pins(m, i, k)[which]
+    for n in range(count):
+        if host_page(m, i)[pages[n]] & PIN_MASK != 0:
+            host_page(m, i)[pages[n]] -= PIN_ONE
+    _account_pins(vm, -count, v.now_ps + v.host_ps)
+    _charge(m, i, k, count * par.unpin_page_ps)
+
+
+@entry
+def unpin_previous(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """Make the freshly pinned pages the current set and unpin the set before."""
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        _unpin_list(m, lanes[n], vcpus[n], v.pin_list, v.pin_count)
+        v.pin_list = 1 - v.pin_list
+        v.pin_count = v.pin_fresh
+        v.pin_fresh = 0
+
+
+@entry
+def unpin_current(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """Unpin the current set. The stage 2 entries stay, as unpin_user_pages() leaves them."""
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        _unpin_list(m, lanes[n], vcpus[n], v.pin_list, v.pin_count)
+        v.pin_count = 0
+
+
+@entry
+def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
+    """Map the pages that the last walk listed at stage 2, writable, without pinning them. Return 1 where a page does not exist."""
+    failed = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        k = vcpus[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        v = vcpu_row(m, i, k)
+        cost = np.int64(0)
+        before = vm.stage2_maps
+        for p in range(v.pin_fresh):
+            paid = map_page(m, i, pins(m, i, k)[1 - v.pin_list, p], 1)
+            if paid < 0:
+                failed[n] = 1
+                break
+            cost += paid
+        v.pin_fresh = 0
+        _charge(m, i, k, cost + (vm.stage2_maps - before) * par.map_page_ps)
+    return failed
+
+
+@entry
+def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
+    """Pin all RAM of each VM and map it at stage 2. Return PIN_* each. The time is start-up time."""
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        if ignore_limit == 0 and vm.pinned_pages + par.ram_pages > par.memlock_pages:
+            vm.pin_refused += par.ram_pages
+            result[n] = PIN_OVER_LIMIT
+            continue
+        for page in range(par.ram_pages):
+            cost = _pin_page(m, i, page)
+            if cost < 0:
+                result[n] = PIN_NO_PAGE
+                break
+            vm.startup_ps += cost
+            vm.pin_calls += 1
+            _account_pins(vm, 1, 0)
+    return result
+
+
+@entry
+def tell_guest(m: Machine, lanes: Ints, vcpus: Ints, event: int, data_loss: int) -> None:
+    """Inject a buffer management event. Where the SPU is not stopped yet, it is stopped first."""
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        k = vcpus[n]
+        v = vcpu_row(m, i, k)
+        tr = truth_row(m, i, k)
+        syndrome = v.pmbsr & (PMBSR_COLL | PMBSR_DL)
+        if event == _EVENT_STAGE1:
+            fault_status = v.walk_status & FSC_MASK if v.walk_status != 0 else FSC_TRANSLATION | 3
+            syndrome |= (EC_STAGE1 << PMBSR_EC_SHIFT) | fault_status
+            tr.injected_stage1 += 1
+        elif event == _EVENT_STAGE2:
+            syndrome = v.pmbsr
+            tr.injected_stage2 += 1
+        elif event == _EVENT_EXTERNAL:
+            syndrome |= (EC_STAGE1 << PMBSR_EC_SHIFT) | FSC_EXTERNAL_ABORT | PMBSR_EA
+            tr.injected_external += 1
+        else:
+            syndrome |= EC_IMPDEF << PMBSR_EC_SHIFT
+            tr.injected_impdef += 1
+        if data_loss != 0:
+            if syndrome & PMBSR_DL == 0:
+                tr.forged_loss += 1
+            syndrome |= PMBSR_DL
+        if v.pmbsr & PMBSR_S == 0:
+            hold_counter(v, v.now_ps)
+            v.stop_ps = v.now_ps
+            v.stop_cause = _STAGE1_FAULT if event == _EVENT_STAGE1 else _REFUSED
+            tr.refused += 1 if event != _EVENT_STAGE1 else 0
+        v.event_seen = 1
+        v.irq_ps = NEVER
+        v.answered = 2
+        inject(m, i, k, syndrome | PMBSR_S)
+
+
+@entry
+def resume(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """Clear PMBSR_EL1.S and go on at the same PMBPTR_EL1 (rule 45); the guest does not notice."""
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        tr = truth_row(m, lanes[n], vcpus[n])
+        if v.pmbsr & PMBSR_DL != 0:
+            tr.resumed_cut += 1
+        v.pmbsr &= PMBSR_COLL
+        v.guest_pmbsr = 0
+        v.event_seen = 0
+        v.answered = 1
+
+
+@entry
+def score_claims(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """After the policy answered stage 2 faults: note what it claimed against what was true."""
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        tr = truth_row(m, lanes[n], vcpus[n])
+        claims(m, lanes[n])[max(v.claim, 0), tr.fault_cause] += 1
+
+
+@entry
+def release_all(m: Machine, lanes: Ints) -> None:
+    """Carry the integral of pinned pages to the end of the run. Pins that are left are counted by the judge."""
+    for n in range(lanes.shape[0]):
+        vm = vm_row(m, lanes[n])
+        end = np.int64(0)
+        for k in range(params(m, lanes[n]).vcpus):
+            v = vcpu_row(m, lanes[n], k)
+            end = max(end, v.now_ps + v.host_ps)
+        _account_pins(vm, 0, end)

@@ -1,0 +1,155 @@
+"""Building and editing translation tables: what KVM does at stage 2 and the guest at stage 1, in the same memory.
+
+Stage 2 follows KVM's page-table code: a table page counts its valid entries and is freed with the last of them, so that the
+level of a later fault is the one that a real KVM would see (data: after a large unmap, the next fault is at level 1 or 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.jit import jit
+from spepolicy.mmu.memory import attach, find
+from spepolicy.mmu.walker import AF, OA_MASK, S2_READ, S2_WRITE, TABLE, VALID, level_shift
+
+Ints = NDArray[np.int64]
+Slots = NDArray[np.int32]
+
+# KVM's leaf: page, MemAttr 0xF (Normal Write-back), SH inner, S2AP_R, AF (mmu.md 6.5; XN is of no interest to the SPU).
+S2_LEAF = VALID | TABLE | (0xF << 2) | S2_READ | (3 << 8) | AF
+# Linux kernel page: page, AttrIndx 0, SH inner, AF, nG clear, PXN and UXN.
+S1_LEAF = VALID | TABLE | (3 << 8) | AF | (3 << 53)
+TABLE_DESCRIPTOR = VALID | TABLE
+
+# Frames of KVM's own table pages: host kernel memory, outside every frame that backs a guest.
+STAGE2_FRAME0 = 1 << 30
+
+
+@jit
+def new_table(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints) -> int:
+    """Take a zeroed stage 2 table page; return its slot. Its frame is STAGE2_FRAME0 + slot."""
+    slot = vm.pool_free
+    if slot >= 0:
+        vm.pool_free = pool[slot, 0]
+    else:
+        slot = vm.pool_used
+        vm.pool_used += 1
+        attach(frame_key, frame_slot, STAGE2_FRAME0 + slot, slot)
+    pool[slot, :] = 0
+    return np.int64(slot)
+
+
+@jit
+def _free_table(vm: Any, pool: Ints, slot: int) -> None:
+    pool[slot, 0] = vm.pool_free
+    vm.pool_free = slot
+
+
+@jit
+def stage2_leaf(frame_key: Ints, frame_slot: Slots, pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
+    """Return (slot, entry) of the level 3 descriptor for *ipa*, or (-1, level) if the walk ends earlier."""
+    level = np.int64(2 - ((vtcr >> 6) & 3))
+    address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
+    while True:
+        slot = find(frame_key, frame_slot, address >> 12)
+        entry = (address & 0xFFF) >> 3
+        if level == 3:
+            return slot, np.int64(entry)
+        descriptor = pool[slot, entry]
+        if descriptor & VALID == 0:
+            return np.int64(-1), level
+        level += 1
+        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+
+
+@jit
+def map_stage2(
+    vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int
+) -> int:
+    """Map one page at stage 2. Return 1 if the entry was invalid or changed, 0 if it was there already."""
+    level = np.int64(2 - ((vm.vtcr >> 6) & 3))
+    address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
+    while True:
+        slot = find(frame_key, frame_slot, address >> 12)
+        entry = (address & 0xFFF) >> 3
+        descriptor = pool[slot, entry]
+        if level == 3:
+            break
+        if descriptor & VALID == 0:
+            table = new_table(vm, frame_key, frame_slot, pool)
+            descriptor = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
+            pool[slot, entry] = descriptor
+            refs[slot] += 1
+        level += 1
+        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+    new = (frame << 12) | S2_LEAF
+    if writable != 0:
+        new |= S2_WRITE
+    if descriptor == new:
+        return np.int64(0)
+    if descriptor & VALID == 0:
+        refs[slot] += 1
+    pool[slot, entry] = new
+    return np.int64(1)
+
+
+@jit
+def unmap_stage2(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int) -> int:
+    """Remove one page at stage 2 and free tables that are empty then. Return 1 if it was mapped."""
+    top = np.int64(2 - ((vm.vtcr >> 6) & 3))
+    level = top
+    slots = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
+    entries = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
+    address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
+    while True:
+        slot = find(frame_key, frame_slot, address >> 12)
+        entry = np.int64((address & 0xFFF) >> 3)
+        slots = (slots[1], slots[2], slots[3], slot)
+        entries = (entries[1], entries[2], entries[3], entry)
+        descriptor = pool[slot, entry]
+        if descriptor & VALID == 0:
+            return np.int64(0)
+        if level == 3:
+            break
+        level += 1
+        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+    pool[slots[3], entries[3]] = 0
+    refs[slots[3]] -= 1
+    if refs[slots[3]] == 0:
+        _free_table(vm, pool, slots[3])
+        pool[slots[2], entries[2]] = 0
+        refs[slots[2]] -= 1
+        if top < 2 and refs[slots[2]] == 0:
+            _free_table(vm, pool, slots[2])
+            pool[slots[1], entries[1]] = 0
+            refs[slots[1]] -= 1
+    return np.int64(1)
+
+
+@jit
+def stage1_leaf(
+    frame_key: Ints, frame_slot: Slots, pool: Ints, host_frames: Ints, ram_page0: int, ttbr1: int, va: int
+) -> tuple[int, int, int]:
+    """Find the level 3 descriptor of *va* the way software does: through the host's mapping of guest memory, not stage 2.
+
+    Return (slot, entry, descriptors read), slot -1 if a table on the way is missing or outside RAM. *host_frames* is the VMM's page
+    table: bits 35:0 of a word are the frame that backs the guest page.
+    """
+    address = ttbr1 & OA_MASK
+    level = np.int64(0)
+    while True:
+        page = (address >> 12) - ram_page0
+        if page < 0 or page >= host_frames.shape[0]:
+            return np.int64(-1), np.int64(0), level
+        slot = find(frame_key, frame_slot, host_frames[page] & 0xF_FFFF_FFFF)
+        entry = (va >> level_shift(level)) & 511
+        if slot < 0 or level == 3:
+            return slot, np.int64(entry), level + 1
+        descriptor = pool[slot, entry]
+        if descriptor & VALID == 0 or descriptor & TABLE == 0:
+            return np.int64(-1), np.int64(entry), level + 1
+        address = descriptor & OA_MASK
+        level += 1

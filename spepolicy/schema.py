@@ -1,0 +1,379 @@
+"""Every setting of a run, in one table: its type, unit, range, meaning and source.
+
+The dataclasses are the schema that Hydra composes into, so an unknown key or a wrong type is an error. They hold no
+values: these are in `conf/`, beside their sources. The metadata of each field is a `Setting`, from which
+`spepolicy.config` checks ranges and converts to `spepolicy.machine.scenario`, and from which the help prints.
+
+Nothing here imports Hydra or OmegaConf, so that the help stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, get_type_hints
+
+from spepolicy.machine.scenario import PAGE_BYTES
+
+__all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
+
+MISSING = "???"  # OmegaConf's mark for a value that a file in conf/ must give
+MEAN = "4s"  # longest mean that the machine draws: spepolicy.machine.draw, 2**42 ps
+
+
+class Kind(Enum):
+    """How the value of a setting is written."""
+
+    DURATION = "duration"
+    SIZE = "size"
+    COUNT = "count"
+    NUMBER = "number"
+    FLAG = "true or false"
+    CHOICE = "choice"
+    NAMES = "list of names"
+    TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known about one setting. Bounds are written as the value is, with its unit, and are inclusive."""
+
+    doc: str
+    kind: Kind
+    minimum: str | int | float | None = None
+    maximum: str | int | float | None = None
+    zero: str = ""  # what 0 means, if 0 is allowed although *minimum* is above it
+    unit: str = ""  # of a count or number
+    choices: tuple[str, ...] = ()
+    power_of_two: bool = False
+    multiple_of: str | int = 1
+    per: int = 1  # base units (ps, bytes) in one unit of the field *to*
+    to: str = ""  # field of the dataclass in spepolicy.machine.scenario; empty if it has no field of its own
+    source: str = "assumption"
+
+    def rule(self) -> str:
+        """Describe the allowed values, for messages and help."""
+        if self.kind is Kind.FLAG:
+            return "true or false"
+        if self.choices:
+            return f"{'any of' if self.kind is Kind.NAMES else 'one of'} {', '.join(self.choices)}"
+        parts = []
+        if self.power_of_two:
+            parts.append("a power of two")
+        if self.multiple_of != 1:
+            parts.append(f"a multiple of {self.multiple_of}")
+        if self.minimum is not None or self.maximum is not None:
+            parts.append(f"{self.minimum}..{self.maximum}" + (f" or 0 ({self.zero})" if self.zero else ""))
+        unit = f" [{self.unit}]" if self.unit else ""
+        return (", ".join(parts) or self.kind.value) + unit
+
+
+def _field(setting: Setting, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"setting": setting})
+
+
+def _duration(doc: str, low: str, high: str, to: str, source: str = "assumption", *, zero: str = "") -> Any:
+    return _field(Setting(doc, Kind.DURATION, low, high, zero=zero, to=to, source=source))
+
+
+def _size(doc: str, low: str, high: str, to: str, source: str = "assumption", **more: Any) -> Any:
+    return _field(Setting(doc, Kind.SIZE, low, high, to=to, source=source, **more))
+
+
+def _count(doc: str, low: int, high: int, to: str, source: str = "assumption", **more: Any) -> Any:
+    return _field(Setting(doc, Kind.COUNT, low, high, to=to, source=source, **more))
+
+
+def _flag(doc: str, to: str, source: str = "assumption") -> Any:
+    return _field(Setting(doc, Kind.FLAG, to=to, source=source))
+
+
+def _choice(doc: str, choices: tuple[str, ...], to: str = "", source: str = "assumption") -> Any:
+    return _field(Setting(doc, Kind.CHOICE, choices=choices, to=to, source=source))
+
+
+def _names(doc: str, choices: tuple[str, ...] = (), source: str = "assumption") -> Any:
+    return _field(Setting(doc, Kind.NAMES, choices=choices, source=source))
+
+
+def _text(doc: str, default: Any = MISSING) -> Any:
+    return _field(Setting(doc, Kind.TEXT, source=""), default)
+
+
+@dataclass
+class CpuSettings:
+    """The processor: clock and SPE implementation."""
+
+    spe_version: int = _count(
+        "ID_AA64DFR0_EL1.PMSVer: 1 FEAT_SPE, 2 v1p1 ... 6 v1p5", 1, 6, "spe_version", "spe.md 1.1"
+    )
+    cycle: str = _duration("one CPU cycle", "100ps", "100ns", "cycle_ps", "data sheet")
+    max_record: str = _size(
+        "largest record, 1 << PMSIDR_EL1.MaxSize", "16B", "2KiB", "max_record_bytes", "spe.md 1.5", power_of_two=True
+    )
+    align: str = _size(
+        "record alignment, 1 << PMBIDR_EL1.Align; equal to max_record means records of fixed size",
+        "1B", "2KiB", "align_bytes", "spe.md 1.9", power_of_two=True,
+    )  # fmt: skip
+    counter_bits: int = _field(
+        Setting("bits of the latency counters, PMSIDR_EL1.CountSize", Kind.COUNT, 12, 16, multiple_of=4,
+                to="counter_bits", source="spe.md 1.5")
+    )  # fmt: skip
+    hardware_access_flag: bool = _flag("PMBIDR_EL1.F: the SPU honours HA", "hardware_access_flag", "spe.md 1.9")
+    data_loss_at_boundary: bool = _flag(
+        "PMBSR_EL1.DL is set by a fault at a record boundary too (IMPLEMENTATION DEFINED)", "data_loss_at_boundary",
+        "spe.md rule 38, RYZJQX",
+    )  # fmt: skip
+    tlb_entries: int = _count("TLB entries of the SPU, direct mapped", 1, 1024, "tlb_entries", power_of_two=True)
+    irq_latency: str = _duration("PMBSR_EL1.S=1 until the core takes PMBIRQ", "0ps", "1ms", "irq_latency_ps")
+
+
+EVENT_BITS: Mapping[str, int] = {  # names of `guest.filter.events` and their bits in PMSEVFR_EL1 (spe.md 4.3)
+    "retired": 1,
+    "l1d_access": 2,
+    "l1d_refill": 3,
+    "tlb_access": 4,
+    "tlb_walk": 5,
+    "not_taken": 6,
+    "mispredicted": 7,
+    "llc_access": 8,
+    "llc_miss": 9,
+    "remote_access": 10,
+}
+EVENT_SINCE: Mapping[str, int] = {"not_taken": 3}  # PMSVer from which samples can be filtered by it (spe.md 1.4, FnE)
+
+
+@dataclass
+class FilterSettings:
+    """Which samples the guest's perf asks for. Everything off means no filter."""
+
+    load: bool = _flag("keep loads (PMSFCR_EL1.LD)", "", "spe.md 3.1")
+    store: bool = _flag("keep stores (PMSFCR_EL1.ST)", "", "spe.md 3.1")
+    branch: bool = _flag("keep branches (PMSFCR_EL1.B)", "", "spe.md 3.1")
+    min_latency: int = _count(
+        "keep from this latency on (PMSLATFR_EL1.MINLAT)", 0, 65535, "min_latency_cycles", "spe.md 1.4", unit="cycles"
+    )
+    events: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
+        "events that must all have occurred (PMSEVFR_EL1)", tuple(EVENT_BITS), "spe.md 1.4"
+    )
+
+
+@dataclass
+class GuestSettings:
+    """The guest: its memory, and how its perf uses SPE."""
+
+    vcpus: int = _count("virtual CPUs", 1, 64, "vcpus", "DESIGN 2")
+    memory: str = _size("guest RAM", "16MiB", "16GiB", "ram_pages", per=PAGE_BYTES, power_of_two=True)
+    memory_base: str = _size(
+        "IPA of guest RAM", "0B", "512GiB", "ram_base", "QEMU and kvmtool: 1GiB and 2GiB", multiple_of="2MiB"
+    )
+    buffer: str = _size(
+        "AUX ring of each vCPU (perf record -m,SIZE)", "16KiB", "64MiB", "buffer_pages",
+        "perf: 4MiB privileged, 128KiB not (kvm.md 3.2); the driver needs 2 pages (spe.md 3.2)",
+        per=PAGE_BYTES, power_of_two=True,
+    )  # fmt: skip
+    buffer_mapped: bool = _flag("stage 2 maps the AUX pages at the start: the guest has zeroed them", "buffer_mapped")
+    session: str = _choice("how perf opened the event", ("per_task", "per_cpu"), "session", "kvm.md 2.2, P9f")
+    profile_user: bool = _flag("PMSCR_EL1.E0SPE", "profile_user", "spe.md 1.2")
+    profile_kernel: bool = _flag("PMSCR_EL1.E1SPE", "profile_kernel", "spe.md 1.2")
+    period: int = _count(
+        "operations between samples, PMSIRR_EL1.INTERVAL", 256, 0xFFFFFF00, "period_ops", "spe.md 3.1",
+        multiple_of=256, unit="ops",
+    )  # fmt: skip
+    jitter: bool = _flag("PMSIRR_EL1.RND", "jitter", "spe.md 1.4")
+    filter: FilterSettings = field(default_factory=FilterSettings)
+    task_on: str = _duration("mean time the profiled task runs until it is switched out", "1us", MEAN, "task_on_ps")
+    task_off: str = _duration("mean time the other task then runs", "1us", MEAN, "task_off_ps")
+    start: str = _duration("guest instructions of arm_spe_pmu_start, without traps", "1ns", "10ms", "start_ps")
+    stop: str = _duration("guest instructions of arm_spe_pmu_stop, without traps", "1ns", "10ms", "stop_ps")
+    irq_entry: str = _duration("exception entry until the handler reads PMBSR_EL1", "1ns", "10ms", "irq_entry_ps")
+    irq_handler: str = _duration("rest of the interrupt handler", "1ns", "10ms", "irq_handler_ps")
+    reader_latency: str = _duration("AUX wakeup until perf has the data", "0ps", MEAN, "reader_latency_ps")
+    reader_rate: int = _count(
+        "perf copies AUX data to its file at this rate", 1, 1_000_000, "reader_bytes_per_us", unit="MB/s"
+    )
+    renew: str = _duration(
+        "mean time between perf sessions, each with new AUX pages behind the same VA", "1ms", MEAN, "renew_ps",
+        "kvm.md 4.1 G2", zero="never",
+    )  # fmt: skip
+
+
+@dataclass
+class KvmSettings:
+    """KVM's behaviour apart from the policy."""
+
+    exit_interval: str = _duration(
+        "mean guest time between exits that have nothing to do with SPE", "1us", MEAN, "exit_interval_ps", zero="none"
+    )
+    preempt_interval: str = _duration(
+        "mean guest time between preemptions of the vCPU", "10us", MEAN, "preempt_interval_ps", zero="none"
+    )
+    preempt: str = _duration("mean length of a preemption", "1us", MEAN, "preempt_ps")
+    memlock: str = _field(
+        Setting("RLIMIT_MEMLOCK of the VMM, or unlimited (CAP_IPC_LOCK)", Kind.SIZE, "0B", "1TiB", multiple_of="4KiB",
+                per=PAGE_BYTES, to="memlock_pages", source="kvm.md 4.1 G7")
+    )  # fmt: skip
+    irq_delivery: str = _choice(
+        "how KVM learns of a buffer management event",
+        ("forced_exit", "next_exit"),
+        "irq_delivery",
+        "kvm.md 2.5: I4, I3",
+    )
+
+
+_EXITS = "kvm.md 3.3: SYS64 exit min 2.07us, mean 6.57us; DABT_LOW mean 6.24us"
+
+
+@dataclass
+class CostSettings:
+    """What each thing that KVM does costs, in host time."""
+
+    trap: str = _duration("one trapped register access: exit, emulation, entry", "100ns", "100us", "trap_ps", _EXITS)
+    exit: str = _duration("one exit and entry without SPE state", "100ns", "100us", "exit_ps", _EXITS)
+    spe_switch: str = _duration(
+        "more per exit when SPE is the guest's: PSB CSYNC, DSB, MDCR_EL2", "0ps", "100us", "spe_switch_ps"
+    )
+    event: str = _duration("reading PMBSR_EL1 and deciding, on top of the exit", "0ps", "100us", "event_ps")
+    inject: str = _duration("making the virtual PMBIRQ pending", "0ps", "100us", "inject_ps")
+    walk_read: str = _duration(
+        "one descriptor read by KVM's walk of the guest's stage 1", "0ps", "10us", "walk_read_ps"
+    )
+    pin_page: str = _duration("pinning one resident page", "0ps", "100us", "pin_page_ps")
+    unpin_page: str = _duration("unpinning one page", "0ps", "100us", "unpin_page_ps")
+    map_page: str = _duration("one stage 2 leaf, with the lock", "0ps", "100us", "map_page_ps")
+    unmap_page: str = _duration(
+        "one stage 2 leaf, with the TLBI", "0ps", "10ms", "unmap_page_ps", "kvm.md 3.3: up to ms under load"
+    )
+    swap_in: str = _duration("one page from swap", "1us", "100ms", "swap_in_ps")
+    copy_page: str = _duration("breaking copy-on-write or KSM sharing of one page", "0ps", "1ms", "copy_page_ps")
+    cpu_fault: str = _duration("an ordinary stage 2 fault of the guest's CPU", "100ns", "4ms", "cpu_fault_ps", _EXITS)
+
+
+@dataclass
+class SilentHostSettings:
+    """A host that never touches the guest's memory."""
+
+    kind: str = _choice("kind of host", ("silent",))
+
+
+@dataclass
+class RecordedHostSettings:
+    """A host that repeats what was recorded from a real one."""
+
+    kind: str = _choice("kind of host", ("recorded",))
+    path: str = _text("name of a shipped recording, or a file")
+    time_scale: float = _field(
+        Setting("recording seconds per simulated second", Kind.NUMBER, 0.01, 10_000.0,
+                source="assumption: emulation is that much slower than hardware")
+    )  # fmt: skip
+
+
+@dataclass
+class RandomOpSettings:
+    """One kind of host operation at random times."""
+
+    every: str = _duration("mean host time between two", "10us", MEAN, "", zero="never")
+    pages: int = _count("guest pages in each", 1, 1 << 22, "", unit="pages")
+
+
+@dataclass
+class RandomHostSettings:
+    """A host whose operations come at random times, each kind at a rate of its own."""
+
+    kind: str = _choice("kind of host", ("random",))
+    ops: dict[str, RandomOpSettings] = field(default_factory=dict)
+
+
+@dataclass
+class TrackingSettings:
+    """Where MLflow records the run."""
+
+    kind: str = _choice("tracking back end", ("mlflow", "none"))
+    uri: str | None = _text("MLflow tracking URI; null: SQLite file mlflow.db in the current folder", None)
+    experiment: str = _text("MLflow experiment", "spepolicy")
+    run_name: str | None = _text("name of the MLflow run; null: made from the policy and what differs", None)
+
+
+@dataclass
+class OutputSettings:
+    """Where results go."""
+
+    dir: str = _text("folder that gets one folder a run")
+
+
+@dataclass
+class Root:
+    """The whole configuration of a run. A group is a field whose value comes from a file in the folder of that name."""
+
+    task: str = _choice("what to do", ("simulate",))
+    policy: Any = MISSING
+    seed: int = _count("seed of all random draws", 0, 2**63 - 1, "seed")
+    replicates: int = _count("VMs simulated per policy, each with draws of its own", 1, 1_000_000, "")
+    duration: str = _duration("guest time that each vCPU executes", "1us", "1000s", "duration_ps", "DESIGN 2")
+    baselines: list[str] = _names("policies to compare with; bare_metal always is")  # noqa: RUF009 - as above
+    threads: int | None = _field(
+        Setting("threads that share the lanes; null: one per processor", Kind.COUNT, 1, 1024), None
+    )
+    output: OutputSettings = field(default_factory=OutputSettings)
+    guest: GuestSettings = field(default_factory=GuestSettings)
+    workload: Any = MISSING
+    host: Any = MISSING
+    cpu: CpuSettings = field(default_factory=CpuSettings)
+    kvm: KvmSettings = field(default_factory=KvmSettings)
+    costs: CostSettings = field(default_factory=CostSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+
+
+HOST_KINDS: Mapping[str, type] = {
+    "silent": SilentHostSettings,
+    "random": RandomHostSettings,
+    "recorded": RecordedHostSettings,
+}
+
+# Groups in the order of the help, with what they choose.
+GROUPS: Mapping[str, str] = {
+    "task": "what to do",
+    "policy": "KVM's policy, from an installed plugin: +policy=NAME",
+    "guest": "the VM, and how its perf profiles",
+    "workload": "the program that the guest profiles",
+    "host": "the host's memory management",
+    "cpu": "the processor and its SPE",
+    "kvm": "KVM apart from the policy",
+    "costs": "what KVM's work costs",
+    "tracking": "where MLflow records the run",
+    "experiment": "a ready question: +experiment=NAME",
+}
+
+
+def settings_of(cls: type) -> dict[str, Setting]:
+    """Return the settings that are direct fields of *cls*, by key."""
+    return {f.name: f.metadata["setting"] for f in fields(cls) if "setting" in f.metadata}
+
+
+def setting_names() -> list[str]:
+    """Return the dotted key of every setting, those of all kinds of hosts included."""
+    return list(_all_settings())
+
+
+def setting_at(key: str) -> Setting | None:
+    """Return the setting with the dotted *key*, or None."""
+    return _all_settings().get(key)
+
+
+@cache
+def _all_settings() -> dict[str, Setting]:
+    found = dict(_below(Root, ""))
+    for cls in HOST_KINDS.values():
+        found.update(_below(cls, "host."))
+    return found
+
+
+def _below(cls: type, prefix: str) -> Iterator[tuple[str, Setting]]:
+    settings = settings_of(cls)
+    for name, hint in get_type_hints(cls).items():
+        if name in settings:
+            yield f"{prefix}{name}", settings[name]
+        elif is_dataclass(hint) and isinstance(hint, type):
+            yield from _below(hint, f"{prefix}{name}.")

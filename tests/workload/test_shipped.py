@@ -1,0 +1,108 @@
+"""conf/workload: every shipped workload composes, builds, and is what its header says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from spepolicy.machine.scenario import OpType, Workload
+from spepolicy.workload import Events, build_workload, outcome_counts
+
+FOLDER = Path(__file__).resolve().parents[2] / "conf" / "workload"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Workload:
+    with initialize_config_dir(str(FOLDER), version_base="1.3"):
+        spec: Any = OmegaConf.to_container(compose(name), resolve=True)
+    return build_workload(spec, where=f"{name}.yaml")
+
+
+def probability(workload: Workload) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return outcome_counts(workload) / 2**32
+
+
+def test_the_four_are_there() -> None:
+    assert {"service", "pointer_chaser", "compressor", "syscall_heavy"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_builds(name: str) -> None:
+    workload = load(name)
+    assert (workload.weight.sum(axis=1) == 1).all()
+    assert (workload.op_ps > 0).all()
+    assert "synthetic" in workload.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_core_could_hold_what_is_in_flight(name: str) -> None:
+    """Little's law: operations per cycle x mean latency is the number in flight, at most a Neoverse N1's 128."""
+    workload = load(name)
+    latency = probability(workload) @ (workload.outcome_latency_cycles + workload.outcome_spread_cycles)
+    ops_per_cycle = 333 / workload.op_ps
+    assert (ops_per_cycle * latency <= 128).all()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_says_that_it_is_synthetic_and_where_numbers_come_from(path: Path) -> None:
+    text = path.read_text()
+    assert "synthetic" in text[: text.index("\n\n")].lower()
+    for section in ("behaviours", "functions", "distributions", "phases", "other"):
+        if re.search(rf"^{section}:", text, re.MULTILINE):
+            above = text[: text.index(f"\n{section}:")].splitlines()
+            comment = []
+            while above and above[-1].startswith("#"):
+                comment.append(above.pop())
+            assert "source: " in " ".join(comment), f"{section} of {path.name} has no source"
+
+
+def test_service_changes_over_tens_of_ms_and_has_a_rare_phase() -> None:
+    workload = load("service")
+    names = workload.distribution_names
+    assert len(workload.phase_ps) >= 4
+    assert workload.phase_ps.sum() < 150e9
+    rare = int(workload.phase_ps.argmin())
+    assert workload.phase_ps[rare] / workload.phase_ps.sum() < 0.05
+    collect = int(workload.phase_user[rare])
+    assert names[collect] == "collect"
+    elsewhere = [d for d in range(len(names)) if d != collect]
+    only_here = (workload.weight[collect] > 0) & (workload.weight[elsewhere].sum(axis=0) == 0)
+    assert workload.weight[collect][only_here].sum() > 0.5
+    user = [d for d in set(workload.phase_user.tolist()) if d != collect]
+    # Each pair of common phases differs in most of its operations: total variation distance above one half.
+    distances = [abs(workload.weight[a] - workload.weight[b]).sum() / 2 for a in user for b in user if a < b]
+    assert min(distances) > 0.5
+
+
+def test_service_runs_many_functions() -> None:
+    workload = load("service")
+    user = workload.weight[workload.phase_user].sum(axis=0) > 0
+    kernel = workload.weight[workload.phase_kernel].sum(axis=0) > 0
+    assert user.sum() >= 16
+    assert kernel.sum() >= 10
+    assert (user & kernel).sum() <= 1  # memcpy at most: one list of names must not mix levels
+
+
+def test_pointer_chaser_waits_for_dram() -> None:
+    workload = load("pointer_chaser")
+    loads = workload.outcome_type == OpType.LOAD
+    missed = loads & (workload.outcome_events & Events.LLC_MISS != 0)
+    p = probability(workload)
+    for name in ("walk_one", "walk_many"):
+        row = p[workload.distribution_names.index(name)]
+        assert row[missed].sum() > 0.4 * row[loads].sum()
+
+
+def test_compressor_is_at_el0_and_syscall_heavy_is_not() -> None:
+    def kernel_share(workload: Workload) -> float:
+        level1 = workload.syscall_ps / (workload.syscall_ps + workload.syscall_gap_ps)
+        return float((level1 * workload.phase_ps).sum() / workload.phase_ps.sum())
+
+    assert kernel_share(load("compressor")) < 0.01
+    assert kernel_share(load("syscall_heavy")) > 0.5
