@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spepolicy.batch import Vcpus
+from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
@@ -43,6 +43,10 @@ class EagerPin:
     @hookimpl
     def profiling_enabled(self, vcpus: Vcpus) -> None:
         self._pin(vcpus)
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        vms.unpin_all()
 
     @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spepolicy.batch import Vcpus
+from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
 
 
@@ -36,6 +36,10 @@ class PinOnFault:
     @hookimpl
     def traps(self) -> Trap:
         return Trap.PMB
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        vms.unpin_all()
 
     @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:

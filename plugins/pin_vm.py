@@ -34,6 +34,10 @@ class PinVm:
         vms.pin_all(ignore_limit=self.raise_memlock)
 
     @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        vms.unpin_all()
+
+    @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:
         faults.claim(Cause.HOST)
         faults.inject(Event.EXTERNAL_ABORT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from spepolicy.batch import Vcpus
+from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
 
 from .pin_on_fault import pin_buffer_and_resume
@@ -31,6 +31,10 @@ class SyntheticFault:
     @hookimpl
     def profiling_enabled(self, vcpus: Vcpus) -> None:
         pin_buffer_and_resume(vcpus, self.pin_stage1_tables)
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        vms.unpin_all()
 
     @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:

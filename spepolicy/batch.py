@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,13 @@ Ints = NDArray[np.int64]
 Addresses = NDArray[np.uint64]
 
 _live: dict[int, Any] = {}
-_next_ticket = 0
+_tickets = count(1)
 
 
 @contextmanager
 def tools(kit: Any) -> Iterator[int]:
     """Make the tools in *kit* available to batches that carry the ticket, while a hook runs."""
-    global _next_ticket
-    _next_ticket += 1
-    ticket = _next_ticket
+    ticket = next(_tickets)
     _live[ticket] = kit
     try:
         yield ticket
@@ -49,13 +48,13 @@ def _kit(ticket: int) -> Any:
         ) from None
 
 
-def _per_vcpu(values: ArrayLike, count: int, what: str, kind: str) -> NDArray[Any]:
+def _per_vcpu(values: ArrayLike, size: int, what: str, kind: str) -> NDArray[Any]:
     """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type."""
     array = np.asarray(values)
     if array.ndim == 0:
-        array = np.full(count, array)
-    if array.shape != (count,):
-        raise HookError(f"{what} has shape {array.shape}. Rule: one element a vCPU, shape ({count},).")
+        array = np.full(size, array)
+    if array.shape != (size,):
+        raise HookError(f"{what} has shape {array.shape}. Rule: one element a vCPU, shape ({size},).")
     wanted = "iu" if kind == "integer" else "b"
     if array.dtype.kind not in wanted:
         raise HookError(f"{what} has dtype {array.dtype}. Rule: {kind} per vCPU. Remedy: convert it before the call.")
@@ -175,17 +174,20 @@ class Vcpus:
 
     def unpin(self) -> None:
         """Unpin the pages that are pinned for these vCPUs. Their stage 2 entries stay until somebody removes them."""
-        _kit(self._ticket).unpin_current(self._lanes, self._vcpus)
+        if len(self):
+            _kit(self._ticket).unpin_current(self._lanes, self._vcpus)
 
     def inject(self, event: Event, *, data_loss: bool = False) -> None:
         """Stop the SPU if it is not stopped, show *event* in PMBSR_EL1, with DL if *data_loss*, and raise PMBIRQ."""
         if not isinstance(event, Event):
             raise HookError(f"inject() was given {event!r}. Rule: a member of spepolicy.hookspecs.Event.")
-        _kit(self._ticket).inject(self._lanes, self._vcpus, int(event), bool(data_loss))
+        if len(self):
+            _kit(self._ticket).inject(self._lanes, self._vcpus, int(event), bool(data_loss))
 
     def resume(self) -> None:
         """Clear PMBSR_EL1.S and let the SPU go on at the same PMBPTR_EL1."""
-        _kit(self._ticket).resume(self._lanes, self._vcpus)
+        if len(self):
+            _kit(self._ticket).resume(self._lanes, self._vcpus)
 
     def claim(self, cause: Cause | ArrayLike) -> None:
         """Say what KVM believes to be the reason of the fault: a `Cause`, or integers [n] of it. For the judge only."""
@@ -262,7 +264,8 @@ class PinnedVcpus(Vcpus):
 
     def unpin_previous(self) -> None:
         """Unpin the set before; the fresh one becomes the current one."""
-        _kit(self._ticket).unpin_previous(self._lanes, self._vcpus)
+        if len(self):
+            _kit(self._ticket).unpin_previous(self._lanes, self._vcpus)
 
 
 class Vms:
@@ -282,3 +285,7 @@ class Vms:
         *ignore_limit* stands for a VMM with CAP_IPC_LOCK, or one whose limit was raised to the size of the VM.
         """
         return _kit(self._ticket).pin_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
+
+    def unpin_all(self) -> None:
+        """Drop every pin that KVM holds on each VM's memory, as it must before the VM's memory is gone."""
+        _kit(self._ticket).unpin_all(self._lanes)

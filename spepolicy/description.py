@@ -73,7 +73,7 @@ class Node:
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             raise self.wrong(f"it must be a number ({unit})", "Write it without quotes and without a unit.")
         if not low <= self.value <= high:  # NaN too
-            raise self.wrong(f"it must be from {float(low):g} to {float(high):g} ({unit})", "Check value and unit.")
+            raise self.wrong(f"it must be from {_plain(low)} to {_plain(high)} ({unit})", "Check value and unit.")
         return Fraction(self.value) if isinstance(self.value, int) else Fraction(repr(float(self.value)))
 
     def whole(self, low: int, high: int, unit: str) -> int:
@@ -123,3 +123,7 @@ class Node:
                 f"Change one of them by {float(1 - total):+.7g}.",
             )
         return {name: share / total for name, share in shares.items()}
+
+
+def _plain(bound: Fraction | int) -> str:
+    return str(int(bound)) if bound == int(bound) else f"{float(bound):g}"

@@ -133,7 +133,7 @@ class PolicySpec:
 
     @hookspec
     def vm_destroyed(self, vms: Vms) -> None:
-        """The guests of this batch have ended. Once per batch. KVM then drops every pin that is left, and the judge counts those."""
+        """The guests of this batch have ended. Once per batch. `vms` offers `unpin_all()`; pins that are left then are leaks."""
 
     # ---- fault handling ---------------------------------------------------------------------------------------------
 

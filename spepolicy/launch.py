@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import field, make_dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,6 @@ from spepolicy.config import host_notes, plain, register, to_options, to_scenari
 from spepolicy.errors import (
     ConfigurationError,
     OutputError,
-    PluginError,
     SpePolicyError,
     UnknownPolicyError,
     nearest,
@@ -152,18 +152,23 @@ def register_policies() -> None:
     store = ConfigStore.instance()
     for name, info in installed_policies().items():
         try:
-            fields_of(info.cls, name)
-            node = OmegaConf.structured(_named(info))
-        except (PluginError, OmegaConfBaseException, ValueError) as error:
-            # It must not take the others down; whoever chooses it gets the reason from build_policy.
+            node = OmegaConf.structured(_schema(info))
+        except (OmegaConfBaseException, ValueError) as error:  # it must not take the others down
             print(f"warning: policy '{name}' of {info.distribution} cannot be configured: {error}", file=sys.stderr)
             continue
         store.store(group="policy", name=name, node=node, provider=f"{info.distribution} {info.version}")
 
 
-def _named(info: PolicyInfo) -> type:
-    """Return the policy's dataclass with one field more, which tells a composed configuration's policy."""
-    return make_dataclass(info.cls.__name__, [(HIDDEN, str, field(default=info.name, kw_only=True))], bases=(info.cls,))
+def _schema(info: PolicyInfo) -> type:
+    """Return a dataclass with the policy's fields and one more, which tells a composed configuration's policy.
+
+    It is not a subclass: OmegaConf would make the configuration of a frozen policy read-only.
+    """
+    columns: list[tuple[str, Any, Any]] = [(HIDDEN, str, field(default=info.name))]
+    for item in fields_of(info.cls, info.name):
+        default = field() if item.required else field(default_factory=partial(copy, item.default))
+        columns.append((item.name, item.type, default))
+    return make_dataclass(info.cls.__name__, columns, kw_only=True)
 
 
 def _chosen(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pluggy
 
-from spepolicy.errors import HookError, PluginError, SpePolicyError, UnknownPolicyError, nearest
+from spepolicy.errors import ConfigurationError, HookError, PluginError, SpePolicyError, UnknownPolicyError, nearest
 from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
 from spepolicy.policy_fields import checked_policy_fields, fields_of
 
@@ -145,11 +145,23 @@ def _scan(group: str, path: tuple[str, ...]) -> _Scan:
         point = points[0]
         try:
             loaded = point.load()
-            found[name] = (_checked_class(loaded) if group == POLICIES else _instance(loaded), point)
+            found[name] = (_checked_policy(loaded, name) if group == POLICIES else _instance(loaded), point)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does when it is imported
             reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             broken[name] = f"{reason} (entry point {point.value} of {' '.join(_origin(point))}). Fix or uninstall it."
     return _Scan(found, broken)
+
+
+def _checked_policy(loaded: Any, name: str) -> type:
+    """Return the class if it is a policy whose fields can be configured and whose defaults obey their own rules."""
+    cls = _checked_class(loaded)
+    fields = fields_of(cls, name)
+    try:
+        defaults = {item.name: item.default for item in fields if not item.required}
+        checked_policy_fields(tuple(item for item in fields if not item.required), defaults, name)
+    except ConfigurationError as error:
+        raise PluginError(f"the default {error}") from error
+    return cls
 
 
 def _checked_class(loaded: Any) -> type:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import simpy
-
 from simpy_memory import PAGES_PER_TABLE, STAGE2, Memory
 
 from spepolicy.errors import ConfigurationError
@@ -35,7 +34,8 @@ class Lane:
     """One VM: SPU, guest with its SPE driver, KVM with the policy, host."""
 
     def __init__(self, env: simpy.Environment, scenario: Scenario, replicate: int) -> None:
-        self.env, self.scenario = env, scenario
+        self.env: Any = env  # SimPy types its time as float or int; here it is int
+        self.scenario = scenario
         self.guest, self.cpu, self.kvm, self.costs = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs
         self.rng = random.Random(f"{scenario.seed}/{replicate}")
         self.memory = Memory(scenario, self.rng)
@@ -74,7 +74,7 @@ class Lane:
 
     def host(self, recording: Any) -> Process:
         columns = (recording.time_us, recording.first_page, recording.end_page, recording.op, recording.write)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))
+        rows = [row for row in zip(*map(np.ndarray.tolist, columns), strict=True) if row[1] < self.guest.ram_pages]
         at = self.rng.randrange(len(rows))
         before = rows[at][0]
         while True:

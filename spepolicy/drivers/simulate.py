@@ -1,8 +1,9 @@
 """The simulate driver: run lanes by clocks and random rates, and call the policy's hooks once per batch.
 
-Lanes are cut into chunks. Worker threads run the compiled machine on chunks without the interpreter lock; the calling thread takes each
-chunk whose lanes all wait or are done, calls the hooks that they wait for, and hands the chunk back. So policy code never runs twice at a
-time, and which chunk a lane is in cannot change its result.
+Lanes are cut into chunks; a worker thread runs one chunk after the other on one machine. It runs the compiled machine on its chunk, without the interpreter lock,
+until every lane waits for the policy or is done; then it calls each hook once for all lanes that wait for it, and goes on. Hooks of
+different chunks may interleave where a tool runs compiled code. Policies keep all that they remember in `vcpus.state`, so neither that
+nor the chunk that a lane is in can change its result.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.batch import Vcpus, Vms, tools
-from spepolicy.errors import HookError, SpePolicyError
+from spepolicy.errors import ConfigurationError, HookError, SpePolicyError
 from spepolicy.hookspecs import PolicySpec, Trap
 from spepolicy.machine import toolbox
-from spepolicy.machine.build import Behaviour, build_machine, bytes_per_lane
+from spepolicy.machine.build import Behaviour, allocate, bytes_per_lane, reset
 from spepolicy.machine.rows import context
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.scenario import Scenario
@@ -37,8 +38,10 @@ _HOOK_NAMES = {
     Hook.STAGE2_FAULT: "stage2_fault",
     Hook.VM_DESTROYED: "vm_destroyed",
 }
-_CHUNKS_PER_THREAD = 2
-_CHUNK_LANES = 512
+# Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a gigabyte.
+_CHUNK_LANES = 256
+_WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
+_KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,9 @@ class _Kit:
     def pin_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
         return toolbox.pin_all(self._m, lanes, int(ignore_limit))
 
+    def unpin_all(self, lanes: Ints) -> None:
+        toolbox.unpin_all(self._m, lanes)
+
     def inject(self, lanes: Ints, vcpus: Ints, event: int, data_loss: bool) -> None:
         toolbox.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
 
@@ -137,38 +143,32 @@ def _name(policy: object) -> str:
     return type(policy).__name__
 
 
-class _Run:
-    """One call of `simulate`: the machine, the policy's state, and the chunks in flight."""
+class _Chunk:
+    """Some lanes of a run on one machine, from start to end."""
 
-    def __init__(self, scenario: Scenario, policy: object, name: str, replicates: Sequence[int], threads: int) -> None:
-        from spepolicy.plugins import make_plugin_manager
-
-        self.name = name
-        self.manager = make_plugin_manager(policy, ())
-        self.m = build_machine(scenario, behaviour_of(policy, self.manager), replicates)
-        self.handle = context(self.m)
-        state = getattr(policy, "State", np.dtype([]))
-        self.rows = np.zeros((len(replicates), scenario.guest.vcpus), dtype=state)
+    def __init__(self, run: _Run, m: Machine, replicates: Sequence[int]) -> None:
+        self.run, self.m, self.handle = run, m, context(m)
+        self.lanes = np.arange(len(replicates), dtype=np.int64)
+        reset(m, run.scenario, replicates)
+        state = getattr(run.policy, "State", np.dtype([]))
+        self.rows = np.zeros((len(replicates), run.scenario.guest.vcpus), dtype=state)
         self.windows: list[NDArray[np.void]] = []
-        lanes = len(replicates)
-        count = max(1, min(lanes, max(threads * _CHUNKS_PER_THREAD, -(-lanes // _CHUNK_LANES)))) if threads > 1 else 1
-        self.chunks = [np.asarray(part, dtype=np.int64) for part in np.array_split(np.arange(lanes), count)]
 
-    def run_chunk(self, lanes: Ints) -> None:
-        """Run on a worker thread: no Python object of the policy is touched."""
-        with np.errstate(over="ignore"):
-            run_lanes(self.handle, lanes)
-
-    def start_chunk(self, lanes: Ints) -> None:
-        with np.errstate(over="ignore"):
-            start_lanes(self.handle, lanes)
-            run_lanes(self.handle, lanes)
+    def execute(self) -> None:
+        """Run all lanes to their end, or until the run is being stopped."""
+        waiting = self.lanes
+        start_lanes(self.handle, waiting)
+        while len(waiting) and not self.run.stopping:
+            run_lanes(self.handle, waiting)
+            waiting = self.answer(waiting)
+        self.collect_windows(self.lanes)
+        toolbox.release_all(self.handle, self.lanes)
 
     def collect_windows(self, lanes: Ints) -> None:
         """Move the window logs of *lanes* out of the machine."""
         for i in lanes[self.m.vm["window_count"][lanes] > 0]:
             rows = self.m.window[i, : self.m.vm["window_count"][i]]
-            out = np.zeros(len(rows), dtype=[("lane", np.int64), *WINDOW.descr])
+            out = np.zeros(len(rows), dtype=_WINDOW_ROW)
             out["lane"] = i
             for field in WINDOW.names or ():
                 out[field] = rows[field]
@@ -189,30 +189,83 @@ class _Run:
     def call(self, hook: Hook, lanes: Ints) -> None:
         """Call one hook for one batch, and see that the contract was kept."""
         name = _HOOK_NAMES[hook]
+        policy = self.run.name
         vcpus = self.m.vm["hook_vcpu"][lanes]
         with tools(_Kit(self.m, self.handle)) as ticket:
             try:
-                caller = getattr(self.manager.hook, name)
+                caller = getattr(self.run.manager.hook, name)
                 if hook in (Hook.VM_CREATED, Hook.VM_DESTROYED):
                     caller(vms=Vms(ticket, lanes))
                 else:
                     batch = Vcpus(ticket, lanes, vcpus, self.rows)
                     caller(**{"faults" if hook == Hook.STAGE2_FAULT else "vcpus": batch})
             except SpePolicyError as error:
-                raise HookError(f"policy '{self.name}', hook {name}(): {error}") from error
+                raise HookError(f"policy '{policy}', hook {name}(): {error}") from error
             except Exception as error:
                 raise HookError(
-                    f"policy '{self.name}', hook {name}() raised {type(error).__name__}: {error}. "
+                    f"policy '{policy}', hook {name}() raised {type(error).__name__}: {error}. "
                     "Remedy: fix the plugin; HYDRA_FULL_ERROR=1 shows where."
                 ) from error
         if hook == Hook.STAGE2_FAULT:
             silent = self.m.vcpu["answered"][lanes, vcpus] == 0
             if silent.any():
                 raise HookError(
-                    f"policy '{self.name}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without an answer. "
+                    f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without an answer. "
                     "Rule: every vCPU of the batch is resumed or told. Remedy: call faults.resume() or faults.inject(...)."
                 )
             toolbox.score_claims(self.handle, lanes, vcpus)
+
+
+class _Run:
+    """One call of `simulate`: the policy, and the lanes cut into chunks."""
+
+    def __init__(self, scenario: Scenario, policy: object, name: str, replicates: Sequence[int], threads: int) -> None:
+        from spepolicy.plugins import make_plugin_manager
+
+        self.scenario, self.policy, self.name = scenario, policy, name
+        self.manager = make_plugin_manager(policy, ())
+        self.behaviour = behaviour_of(policy, self.manager)
+        self.replicates = np.asarray(replicates, dtype=np.int64)
+        self.stopping = False
+        lanes = len(replicates)
+        size = min(_CHUNK_LANES, -(-lanes // threads))
+        self.starts = iter(range(0, lanes, size))
+        self.size = size
+        self.lanes_done = 0
+        self.memory: dict[str, int] = {}
+        self.parts: list[tuple[int, dict[str, NDArray[Any]], NDArray[np.void]]] = []
+        self.running: dict[int, _Chunk] = {}
+
+    def work(self) -> None:
+        """Worker thread: take chunks until none is left. The machine is allocated once: fresh memory costs more than its layout."""
+        m: Machine | None = None
+        with np.errstate(over="ignore"):
+            while not self.stopping and (start := next(self.starts, None)) is not None:
+                replicates = self.replicates[start : start + self.size]
+                if m is None:
+                    m = allocate(self.scenario, self.behaviour, len(replicates))
+                    self.memory = bytes_per_lane(m)
+                chunk = _Chunk(self, m, replicates)
+                self.running[start] = chunk
+                chunk.execute()
+                self.parts.append((start, _copy(m, len(replicates)), _join(chunk.windows, start)))
+                del self.running[start]
+                self.lanes_done += len(replicates)
+
+    def share_done(self) -> float:
+        """Return how much of the guests' time has passed, 0..1."""
+        under_way = sum(float(c.m.vcpu["now_ps"][c.lanes].mean(axis=1).sum()) for c in list(self.running.values()))
+        return (self.lanes_done + under_way / self.scenario.duration_ps) / len(self.replicates)
+
+
+def _copy(m: Machine, lanes: int) -> dict[str, NDArray[Any]]:
+    return {name: getattr(m, name)[:lanes].copy() for name in _KEPT}
+
+
+def _join(windows: list[NDArray[np.void]], first_lane: int) -> NDArray[np.void]:
+    joined = np.concatenate(windows) if windows else np.zeros(0, dtype=_WINDOW_ROW)
+    joined["lane"] += first_lane
+    return joined
 
 
 def simulate(
@@ -228,46 +281,46 @@ def simulate(
 
     threads: worker threads, all cores by default. progress: called now and then with the share done, 0..1.
     On Ctrl-C the lanes that are done keep their results; `Result.finished` tells which.
-    Raises HookError if the policy breaks the contract.
+    Raises HookError if the policy breaks the contract, ConfigurationError for no replicates.
     """
+    if len(replicates) == 0:
+        raise ConfigurationError("replicates is empty. Rule: at least one lane.")
     threads = threads or len(os.sched_getaffinity(0))
     begin = time.perf_counter()
     run = _Run(scenario, policy, name, replicates, threads)
     interrupted = False
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending: dict[Future[None], Ints] = {pool.submit(run.start_chunk, lanes): lanes for lanes in run.chunks}
+        pending = {pool.submit(run.work) for _ in range(threads)}
         try:
             while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in done:
-                    lanes = pending.pop(future)
                     future.result()
-                    lanes = run.answer(lanes)
-                    if len(lanes):
-                        pending[pool.submit(run.run_chunk, lanes)] = lanes
                 if progress is not None:
-                    progress(float(run.m.vcpu["now_ps"].mean()) / scenario.duration_ps)
+                    progress(run.share_done())
         except KeyboardInterrupt:
             interrupted = True
-            wait(pending)
-    return _result(run, scenario, name, replicates, time.perf_counter() - begin, interrupted)
+        finally:
+            run.stopping = True
+    return _result(run, time.perf_counter() - begin, interrupted)
 
 
-def _result(run: _Run, scenario: Scenario, name: str, replicates: Sequence[int], seconds: float, interrupted: bool) -> Result:
-    m = run.m
-    every = np.arange(len(replicates), dtype=np.int64)
-    run.collect_windows(every)
-    toolbox.release_all(run.handle, every)
-    windows = np.concatenate(run.windows) if run.windows else np.zeros(0, dtype=[("lane", np.int64), *WINDOW.descr])
+def _result(run: _Run, seconds: float, interrupted: bool) -> Result:
+    """Put the chunks together in the order of the replicates. Lanes that an interruption left out are not in the result."""
+    run.parts.sort(key=lambda part: part[0])
+    kept = {name: np.concatenate([part[1][name] for part in run.parts]) for name in _KEPT} if run.parts else None
+    if kept is None:
+        raise KeyboardInterrupt
+    windows = np.concatenate([part[2] for part in run.parts])
+    order = np.concatenate([run.replicates[start : start + run.size] for start, _, _ in run.parts])
     windows = windows[np.lexsort((windows["start_host_ps"], windows["vcpu"], windows["lane"]))]
-    finished = m.vm["finished"] != 0
-    if not interrupted and not finished.all():
+    finished = kept["vm"]["finished"] != 0
+    if not interrupted and (len(order) != len(run.replicates) or not finished.all()):
         raise AssertionError("a lane ended without reaching its duration: this is a bug in spepolicy.machine")
     return Result(
-        policy=name, scenario=scenario, replicates=np.asarray(replicates, dtype=np.int64), vm=m.vm, vcpu=m.vcpu, truth=m.truth,
-        lost=m.lost, blackout_ps=m.blackout_ps, claims=m.claims, host_ops=m.host_ops, exposure_ps=m.exposure_ps, seen=m.seen,
-        windows=windows, host_elapsed_ps=(m.vcpu["now_ps"] + m.vcpu["host_ps"]).max(axis=1), finished=finished,
-        samples=int(m.truth["selected"].sum()), seconds=seconds, memory=bytes_per_lane(m),
+        policy=run.name, scenario=run.scenario, replicates=order, windows=windows, finished=finished,
+        host_elapsed_ps=(kept["vcpu"]["now_ps"] + kept["vcpu"]["host_ps"]).max(axis=1),
+        samples=int(kept["truth"]["selected"].sum()), seconds=seconds, memory=run.memory, **kept,
     )
 
 

@@ -58,7 +58,7 @@ OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
     "silent_fatal": (_truth("silent_fatal"), "of these, without any AUX flag: perf does not know"),
     "truncated": (_truth("truncated"), "AUX handles closed with PERF_AUX_FLAG_TRUNCATED"),
     "spurious": (_truth("spurious"), "PMBIRQ taken with PMBSR_EL1.S=0"),
-    "irqs": (_truth("irqs"), "PMBIRQ taken"),
+    "irqs": (_truth("irqs"), "PMBIRQ taken by the core"),
     "eret_unpinned": (_truth("eret_unpinned"), "EL0-only session: faults while {E0SPE,E1SPE} = {1,0}"),
     "diverged_records": (_truth("diverged_records"), "records written to pages that the VMM's address does not show"),
     "resumed_cut": (_truth("resumed_cut"), "faults with DL=1 that KVM resumed: a cut record stays in the stream"),

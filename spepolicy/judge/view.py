@@ -62,7 +62,8 @@ class View:
 
     @cached_property
     def lost(self) -> Floats:
-        return self.result.lost.sum(axis=(1, 2)).astype(np.float64)
+        total: Floats = self.result.lost.sum(axis=(1, 2)).astype(np.float64)
+        return total
 
     @cached_property
     def missed_records(self) -> Floats:

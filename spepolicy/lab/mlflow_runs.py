@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spepolicy.judge.blackout import CAUSES
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from spepolicy.lab.run import Plan, Report, Verdict
 
 __all__ = ["mlflow_runs"]
+
+_NOT_COMPARED = ("tracking", "output")  # where results go does not say what they are
 
 
 def mlflow_runs(plan: Plan, report: Report, start_ms: int) -> list[RunRecord]:
@@ -53,8 +58,16 @@ def _record(plan: Plan, report: Report, verdict: Verdict, start_ms: int) -> RunR
 
 
 def _params(plan: Plan, policy: str) -> dict[str, str]:
-    """The configuration as flat keys; group `policy` is replaced by the fields that this run's policy really had."""
-    config = {key: value for key, value in plan.config.items() if key != "policy"}
+    """The configuration as flat keys, for comparing runs. The whole of it is in the file `config.json`.
+
+    Group `policy` is replaced by the fields that this run's policy really had. A workload has hundreds of keys, which
+    would bury the others in MLflow's tables: it is told by its texts and a hash of its content.
+    """
+    config = {key: value for key, value in plan.config.items() if key not in ("policy", *_NOT_COMPARED)}
+    if isinstance(work := config.get("workload"), Mapping):
+        content = json.dumps(work, sort_keys=True, default=str)
+        scalars = {key: value for key, value in work.items() if not isinstance(value, (Mapping, list, tuple))}
+        config["workload"] = scalars | {"content_hash": hashlib.sha256(content.encode()).hexdigest()[:12]}
     instance = plan.policies[policy]
     fields = {}
     if dataclasses.is_dataclass(instance) and not isinstance(instance, type):

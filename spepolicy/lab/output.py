@@ -10,14 +10,16 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spepolicy.errors import OutputError
-from spepolicy.judge.metrics import METRICS
-from spepolicy.judge.tables import Categories, Column
+
+if TYPE_CHECKING:
+    from spepolicy.judge.tables import Column
 
 __all__ = [
     "BLACKOUTS",
+    "CONFIG",
     "ERRATA_JSON",
     "ERRATA_PAGE",
     "FIGURE",
@@ -31,6 +33,7 @@ __all__ = [
     "write_text",
 ]
 
+CONFIG = "config.json"
 METRICS_FILE = "metrics.json"
 LANES = "lanes.parquet"
 BLACKOUTS = "blackouts.parquet"
@@ -92,6 +95,8 @@ def stacked(tables: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
     """
     import numpy as np
 
+    from spepolicy.judge.tables import Categories
+
     rows: dict[str, Column] = {}
     for name, first in tables[0].items():
         parts = [table[name] for table in tables]
@@ -112,6 +117,9 @@ def write_parquet(path: Path, table: Mapping[str, Column]) -> Path:
     """Write *table* as Parquet. A metric's column carries its definition and unit as field metadata."""
     import pyarrow
     from pyarrow import parquet
+
+    from spepolicy.judge.metrics import METRICS
+    from spepolicy.judge.tables import Categories
 
     columns, fields = [], []
     for name, column in table.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,6 +251,7 @@ def _write_files(
     if not verdicts:
         return {}
     files = [output.write_json(run_dir / output.METRICS_FILE, metrics)]
+    files.append(output.write_json(run_dir / output.CONFIG, plan.config))
     tables = [lane_table(verdict.result, verdict.measured) for verdict in verdicts.values()]
     files.append(output.write_parquet(run_dir / output.LANES, output.stacked(tables)))
     windows = window_table({name: verdict.result for name, verdict in verdicts.items()})

@@ -123,7 +123,8 @@ def store_uri(settings: TrackingSettings) -> tuple[str, str]:
     if not rest.startswith("/") or path.name in ("", ":memory:"):
         raise OutputError(
             f"tracking store '{uri}' (from {where}) names no file. It must be sqlite:///relative/file.db or "
-            "sqlite:////absolute/file.db: a database in memory would be gone when the run ends. Give a file."
+            "sqlite:////absolute/file.db: a database in memory would be gone when the run ends. Give a file, "
+            "or use tracking=none."
         )
     path = Path.cwd() / path
     unusable = _why_not_writable(path)
@@ -195,14 +196,17 @@ class Tracker:
             self._await_ready()
 
     def write(self, records: Sequence[RunRecord]) -> Tracked:
-        """Write *records*, one MLflow run each, and return where they are."""
+        """Write *records*, one MLflow run each, and return where they are.
+
+        The last is written first: MLflow's table shows the newest run on top, and the first record leads.
+        """
         if not self._experiment_id:
             self._await_ready()
         ids = []
-        for record in records:
+        for record in reversed(records):
             self._send(vars(record))
             ids.append(str(self._answer("run_id")))
-        return Tracked(self._uri, self._experiment_id, tuple(ids))
+        return Tracked(self._uri, self._experiment_id, tuple(reversed(ids)))
 
     def _await_ready(self) -> None:
         self._experiment_id = str(self._answer("ready")["experiment_id"])

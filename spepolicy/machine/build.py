@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spepolicy.machine.draw import exponential_table, stream_key
+from spepolicy.machine.host import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, HostKind, Scenario
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
 
@@ -69,7 +72,7 @@ def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> No
         m.par[name] = int(value)
 
 
-def _recording(scenario: Scenario) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+def _recording(scenario: Scenario) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], int]:
     """Return (time in ps, first page, end page, operation with write bit, span in ps), clipped to the guest's RAM."""
     recording = scenario.host.recording
     if scenario.host.kind != HostKind.RECORDED or recording is None:
@@ -101,33 +104,29 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
     m.vm["host_index"][i] = (layout[3] & 0xFFFF_FFFF) % len(m.rec_ps) if scenario.host.kind == HostKind.RECORDED else 0
 
 
-def build_machine(scenario: Scenario, behaviour: Behaviour, replicates: Sequence[int]) -> Machine:
-    """Allocate the lanes of *replicates* and set their parameters; `lane.start_lanes` lays out their memory."""
-    lanes, vcpus, workload = len(replicates), scenario.guest.vcpus, scenario.workload
+def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
+    """Allocate a machine for *lanes* lanes. `reset` makes it ready; it can be used for one set of replicates after the other."""
+    vcpus, workload = scenario.guest.vcpus, scenario.workload
     functions, distributions = len(workload.function_names), len(workload.op_ps)
     _, pool_pages = _table_pages(scenario)
     hash_size = 1 << (2 * pool_pages - 1).bit_length()
     rec_ps, rec_first, rec_end, rec_op, span = _recording(scenario)
 
-    def zeros(*shape: int, dtype: np.dtype | type = np.int64) -> np.ndarray:
-        return np.zeros(shape, dtype=dtype)
+    def lane_array(*shape: int, dtype: np.dtype[np.void] | type[np.generic] = np.int64) -> NDArray[Any]:
+        return np.zeros((lanes, *shape), dtype=dtype)
 
     m = Machine(
-        par=zeros(lanes, dtype=PARAMS), vm=zeros(lanes, dtype=VM),
-        vcpu=zeros(lanes, vcpus, dtype=VCPU), truth=zeros(lanes, vcpus, dtype=TRUTH),
-        window=zeros(lanes, WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
-        lost=zeros(lanes, vcpus, LOST_CAUSES), blackout_ps=zeros(lanes, vcpus, LOST_CAUSES),
-        claims=zeros(lanes, 6, 6), host_ops=zeros(lanes, 16),
-        exposure_ps=zeros(lanes, vcpus, distributions),
-        seen=zeros(lanes, vcpus, functions), unseen=zeros(lanes, vcpus, functions),
-        tlb=np.full((lanes, vcpus, scenario.cpu.tlb_entries, 4), -1, dtype=np.int64),
-        pins=zeros(lanes, vcpus, 2, scenario.guest.buffer_pages + 64, dtype=np.int32),
-        # np.empty: table pages are zeroed when they are handed out.
-        pool=np.empty((lanes, pool_pages, 512), dtype=np.int64),
-        pool_refs=zeros(lanes, pool_pages, dtype=np.int32),
-        frame_key=np.full((lanes, hash_size), -1, dtype=np.int64),
-        frame_slot=zeros(lanes, hash_size, dtype=np.int32),
-        host_page=np.empty((lanes, scenario.guest.ram_pages), dtype=np.int64),
+        par=lane_array(dtype=PARAMS), vm=lane_array(dtype=VM),
+        vcpu=lane_array(vcpus, dtype=VCPU), truth=lane_array(vcpus, dtype=TRUTH),
+        window=lane_array(WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
+        lost=lane_array(vcpus, LOST_CAUSES), blackout_ps=lane_array(vcpus, LOST_CAUSES),
+        claims=lane_array(6, 6), host_ops=lane_array(16), exposure_ps=lane_array(vcpus, distributions),
+        seen=lane_array(vcpus, functions), unseen=lane_array(vcpus, functions),
+        tlb=lane_array(vcpus, scenario.cpu.tlb_entries, 4),
+        pins=lane_array(vcpus, 2, scenario.guest.buffer_pages + 64, dtype=np.int32),
+        pool=lane_array(pool_pages, 512), pool_refs=lane_array(pool_pages, dtype=np.int32),
+        frame_key=lane_array(hash_size), frame_slot=lane_array(hash_size, dtype=np.int32),
+        host_page=lane_array(scenario.guest.ram_pages),
         op_ps=workload.op_ps, alias_threshold=workload.alias_threshold, alias_outcome=workload.alias_outcome,
         outcome_function=workload.outcome_function, outcome_type=workload.outcome_type,
         outcome_events=workload.outcome_events, outcome_latency=workload.outcome_latency_cycles,
@@ -142,16 +141,29 @@ def build_machine(scenario: Scenario, behaviour: Behaviour, replicates: Sequence
     )
     _fill_parameters(m, scenario, behaviour)
     m.par["recording_span_ps"] = span
-    m.vm["pool_free"] = -1
-    m.vm["next_frame"] = 0x100_0000
-    m.vcpu["tlb_page"] = -1
-    m.vcpu["irq_ps"] = NEVER
-    m.vcpu["reader_ps"] = NEVER
-    m.vcpu["claim"] = -1
-    m.truth["first_fault_ps"] = NEVER
+    return m
+
+
+def reset(m: Machine, scenario: Scenario, replicates: Sequence[int]) -> None:
+    """Give the first len(replicates) lanes of *m* their initial state; `lane.start_lanes` then lays out their memory.
+
+    The page tables are not cleared: laying out writes every word of them that is read before.
+    """
+    lanes = len(replicates)
+    for name in Machine._fields[1 : Machine._fields.index("pool")]:
+        getattr(m, name)[:lanes] = 0
+    m.pool_refs[:lanes] = 0
+    m.tlb[:lanes] = -1
+    m.frame_key[:lanes] = -1
+    m.vm["pool_free"][:lanes] = -1
+    m.vm["next_frame"][:lanes] = NEW_FRAME0
+    m.vcpu["tlb_page"][:lanes] = -1
+    m.vcpu["irq_ps"][:lanes] = NEVER
+    m.vcpu["reader_ps"][:lanes] = NEVER
+    m.vcpu["claim"][:lanes] = -1
+    m.truth["first_fault_ps"][:lanes] = NEVER
     for i, replicate in enumerate(replicates):
         _seed_lane(m, i, scenario, int(replicate))
-    return m
 
 
 def bytes_per_lane(m: Machine) -> dict[str, int]:

@@ -99,13 +99,16 @@ def _map_all_ram(m: Machine, i: int) -> None:
     """The guest has run for a while and touched all of its memory: stage 2 maps it, page by page."""
     vm = vm_row(m, i)
     par = params(m, i)
+    tables = pool(m, i)
     for first in range(0, par.ram_pages, 512):
         ipa = (par.ram_page0 + first) << 12
         map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, RAM_FRAME0 + first, 1)
         slot = vm.pool_used - 1
         count = min(par.ram_pages - first, 512)
+        table = tables[slot]
+        leaf = ((RAM_FRAME0 + first) << 12) | S2_LEAF | S2_WRITE
         for n in range(count):
-            pool(m, i)[slot, n] = ((RAM_FRAME0 + first + n) << 12) | S2_LEAF | S2_WRITE
+            table[n] = leaf + (n << 12)
         pool_refs(m, i)[slot] = count
 
 
@@ -114,8 +117,9 @@ def build_memory(m: Machine, i: int) -> None:
     """Lay out the memory of lane *i*, whose arrays are zero and whose frame hash is empty."""
     vm = vm_row(m, i)
     par = params(m, i)
-    for page in range(par.ram_pages):
-        host_page(m, i)[page] = (RAM_FRAME0 + page) | PRESENT
+    pages = host_page(m, i)
+    for page in range(pages.shape[0]):
+        pages[page] = (RAM_FRAME0 + page) | PRESENT
     if par.virtualized != 0:
         for _ in range(ROOT_TABLES):
             new_table(vm, frame_key(m, i), frame_slot(m, i), pool(m, i))
@@ -132,4 +136,4 @@ def build_memory(m: Machine, i: int) -> None:
             host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (ROLE_BUFFER << ROLE_SHIFT)
             if par.virtualized != 0 and par.buffer_mapped == 0:
                 ipa = (par.ram_page0 + page) << 12
-                unmap_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa)
+                unmap_stage2(vm, pool(m, i), pool_refs(m, i), ipa)

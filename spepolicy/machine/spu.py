@@ -55,6 +55,7 @@ from spepolicy.mmu.walker import FSC_MASK, STAGE2, translate
 
 _FULL = int(LostCause.BUFFER_FULL)
 _STAGE1 = int(LostCause.STAGE1_FAULT)
+_DIGEST = 0x1E37_79B9_7F4A_7C15  # odd, so that multiplication loses nothing
 _NOT_PINNED = int(LostCause.STAGE2_NOT_PINNED)
 _GUEST = int(LostCause.STAGE2_GUEST)
 _HOST = int(LostCause.STAGE2_HOST)
@@ -233,12 +234,9 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
             _fault(m, i, k, status, boundary, 1, at_ps)
             return True
     v.pmbptr = pointer + size
-    tr.written += 1
-    tr.pending += 1
-    tr.diverged_records += tr.diverged_now
+    _book(tr, 1)
     unseen(m, i, k)[outcome_function(m)[outcome]] += 1
-    word = (outcome << 40) ^ (v.flight_latency << 24) ^ (pointer & 0xFF_FFFF)
-    tr.digest = (tr.digest ^ word) * 0x1E37_79B9_7F4A_7C15
+    tr.digest = (tr.digest ^ _word(outcome, v.flight_latency, pointer)) * _DIGEST
     if v.pmbptr > (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes:
         tr.buffer_full += 1
         stop(par, v, (EC_OTHER << PMBSR_EC_SHIFT) | BSC_FULL, at_ps, _FULL)
@@ -248,46 +246,94 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
 
 @jit
 def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
-    """Run the SPU of one vCPU, which is profiling, in guest time; return the time reached: *until_ps*, or when it stopped."""
+    """Run the SPU of one vCPU, which is profiling, in guest time; return the time reached: *until_ps*, or when it stopped.
+
+    The hot loop of the project. What it needs for a record that fits the page it wrote last is held in locals; `_put` and `_get`
+    move them to and from the state around everything else, which `complete` does.
+    """
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     rate = v.rate_ps
     interval = (v.pmsirr & PMSIRR_INTERVAL) + 1
     random_mask = 0xFF if v.pmsirr & PMSIRR_RND != 0 else 0
-    distribution = v.distribution
+    threshold = alias_threshold(m)[v.distribution]
+    choice = alias_outcome(m)[v.distribution]
+    latencies, spreads, table = outcome_latency(m), outcome_spread(m), exponential(m)
+    kinds, functions, histogram = outcome_type(m), outcome_function(m), unseen(m, i, k)
+    cycle_ps = par.cycle_ps
+    fixed = par.max_record_bytes if par.align_bytes == par.max_record_bytes else 0
+    filtering = v.pmsfcr != 0
+    last_start = (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes
+    key, draws, select, busy, flight = v.key_sample, v.sample_draws, v.select_ps, v.busy_until_ps, v.flight
+    outcome, latency, pointer, page, digest = v.flight_outcome, v.flight_latency, v.pmbptr, v.tlb_page, tr.digest
+    selected = np.int64(0)
+    written = np.int64(0)
+    collided = np.int64(0)
+    reached = np.int64(until_ps)
     while True:
-        if v.flight != 0 and v.busy_until_ps <= until_ps and v.busy_until_ps <= v.select_ps:
-            at = v.busy_until_ps
-            if complete(m, i, k, at):
-                return np.int64(at)
-        elif v.select_ps <= until_ps:
-            at = v.select_ps
-            bits = draw(v.key_sample, v.sample_draws)
-            v.sample_draws += 1
-            tr.selected += 1
+        if flight != 0 and busy <= until_ps and busy <= select:
+            size = fixed if fixed != 0 else record_bytes(par, kinds[outcome] & 7)
+            if not filtering and pointer >> 12 == page and (pointer + size - 1) >> 12 == page and pointer + size <= last_start:
+                flight = np.int64(0)
+                histogram[functions[outcome]] += 1
+                digest = (digest ^ _word(outcome, latency, pointer)) * _DIGEST
+                pointer += size
+                written += 1
+                continue
+            v.sample_draws, v.select_ps, v.busy_until_ps, v.flight = draws, select, busy, flight
+            v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
+            _book(tr, written)
+            written = np.int64(0)
+            if complete(m, i, k, busy):
+                reached = busy
+                flight = v.flight
+                pointer, digest = v.pmbptr, tr.digest
+                break
+            flight, pointer, page, digest = v.flight, v.pmbptr, v.tlb_page, tr.digest
+        elif select <= until_ps:
+            bits = draw(key, draws)
+            draws += 1
+            selected += 1
+            at = select
             # Rules 10 and 11: the member that finds COUNT=0 reloads it and is not counted, hence the 1 in interval.
-            v.select_ps = at + (interval + (bits & random_mask)) * rate
-            if at < v.busy_until_ps:
+            select = at + (interval + (bits & random_mask)) * rate
+            if at < busy:
                 # Rule 14: one sample at a time; the new one is dropped. A drain writes the record earlier but the
                 # operation still takes its time, so that a world switch does not change which samples collide.
-                tr.collided += 1
-                v.pmbsr |= PMBSR_COLL
-            else:
-                slot = (bits >> 8) & 0xFF
-                side = 0 if (bits >> 16) & 0xFF_FFFF < alias_threshold(m)[distribution, slot] else 1
-                outcome = alias_outcome(m)[distribution, slot, side]
-                latency = outcome_latency(m)[outcome]
-                spread = outcome_spread(m)[outcome]
-                if spread != 0:
-                    index = (bits >> 40) & 1023
-                    latency += (spread * exponential(m)[index]) >> 20
-                v.flight = 1
-                v.flight_outcome = outcome
-                v.flight_latency = latency
-                v.busy_until_ps = at + latency * par.cycle_ps
+                collided += 1
+                continue
+            slot = (bits >> 8) & 0xFF
+            outcome = choice[slot, 0] if (bits >> 16) & 0xFF_FFFF < threshold[slot] else choice[slot, 1]
+            # An exponential part, cut at ln(1024) times its mean: its slice comes from ten more bits of the same draw.
+            latency = latencies[outcome] + ((spreads[outcome] * table[(bits >> 40) & 1023]) >> 20)
+            flight = np.int64(1)
+            busy = at + latency * cycle_ps
         else:
-            return np.int64(until_ps)
+            break
+    v.sample_draws, v.busy_until_ps, v.flight = draws, busy, flight
+    v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
+    if v.counting != 0:
+        v.select_ps = select
+    _book(tr, written)
+    tr.selected += selected
+    tr.collided += collided
+    if collided != 0:
+        v.pmbsr |= PMBSR_COLL
+    return np.int64(reached)
+
+
+@jit
+def _word(outcome: int, latency: int, pointer: int) -> int:
+    """Condense a record to what two runs must agree on to have written the same one."""
+    return (outcome << 40) ^ (latency << 24) ^ (pointer & 0xFF_FFFF)
+
+
+@jit
+def _book(tr: Any, written: int) -> None:
+    tr.written += written
+    tr.pending += written
+    tr.diverged_records += written * tr.diverged_now
 
 
 @jit

@@ -22,7 +22,7 @@ from spepolicy.arch.registers import (
     PMBSR_S,
 )
 from spepolicy.jit import entry, jit
-from spepolicy.machine.host import PIN_MASK, PIN_ONE, map_page, resident
+from spepolicy.machine.host import FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED, map_page
 from spepolicy.machine.kvm import inject
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.rows import (
@@ -39,8 +39,8 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.mmu.memory import find
-from spepolicy.mmu.tables import stage1_leaf
-from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, STAGE1, VALID, level_shift
+from spepolicy.mmu.tables import S2_LEAF, stage1_leaf, stage2_leaf
+from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, S2_WRITE, STAGE1, VALID, level_shift
 
 Ints = NDArray[np.int64]
 
@@ -163,15 +163,9 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
             v.pin_fresh = 0
             result[n] = PIN_OVER_LIMIT
             continue
-        done = np.int64(0)
-        cost = np.int64(0)
-        while done < v.pin_fresh:
-            paid = _pin_page(m, i, fresh[done])
-            if paid < 0:
-                result[n] = PIN_NO_PAGE
-                break
-            cost += paid
-            done += 1
+        done, cost = _pin_pages(m, i, fresh, v.pin_fresh)
+        if done < v.pin_fresh:
+            result[n] = PIN_NO_PAGE
         vm.pin_calls += done
         _account_pins(vm, done, v.now_ps + v.host_ps)
         v.pin_fresh = done
@@ -183,19 +177,33 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
 
 
 @jit
-def _pin_page(m: Machine, i: int, page: int) -> int:
-    """Pin and map one page; return the cost in ps or -1."""
+def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple[int, int]:
+    """Pin and map the first *count* of *pages*. Return how many there were to pin, and the cost in ps."""
     vm = vm_row(m, i)
     par = params(m, i)
-    cost = resident(m, i, page, 1)
-    if cost < 0:
-        return cost
-    host_page(m, i)[page] += PIN_ONE
+    words = host_page(m, i)
+    tables = pool(m, i)
+    vttbr, vtcr, ram_page0 = vm.vttbr, vm.vtcr, par.ram_page0
     before = vm.stage2_maps
-    cost += par.pin_page_ps + map_page(m, i, page, 1)
-    if vm.stage2_maps != before:
-        cost += par.map_page_ps
-    return np.int64(cost)
+    cost = np.int64(0)
+    for n in range(count):
+        page = np.int64(pages[n])
+        word = words[page]
+        # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
+        slot, entry = stage2_leaf(tables, vttbr, vtcr, (ram_page0 + page) << 12)
+        if word & (PRESENT | SHARED | HOLE) != PRESENT or slot < 0 or not _maps(tables[slot, entry], word & FRAME):
+            paid = map_page(m, i, page, 1)
+            if paid < 0:
+                return np.int64(n), cost
+            cost += paid
+        words[page] += PIN_ONE
+    return np.int64(count), cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps
+
+
+@jit
+def _maps(descriptor: int, frame: int) -> bool:
+    """Tell whether a stage 2 leaf is what map_page would write for a writable mapping of *frame*."""
+    return descriptor == (frame << 12) | S2_LEAF | S2_WRITE
 
 
 @jit
@@ -204,9 +212,11 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     pages = pins(m, i, k)[which]
+    words = host_page(m, i)
     for n in range(count):
-        if host_page(m, i)[pages[n]] & PIN_MASK != 0:
-            host_page(m, i)[pages[n]] -= PIN_ONE
+        page = np.int64(pages[n])
+        if words[page] & PIN_MASK != 0:
+            words[page] -= PIN_ONE
     _account_pins(vm, -count, v.now_ps + v.host_ps)
     _charge(m, i, k, count * par.unpin_page_ps)
 
@@ -266,15 +276,31 @@ def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
             vm.pin_refused += par.ram_pages
             result[n] = PIN_OVER_LIMIT
             continue
-        for page in range(par.ram_pages):
-            cost = _pin_page(m, i, page)
-            if cost < 0:
-                result[n] = PIN_NO_PAGE
-                break
-            vm.startup_ps += cost
-            vm.pin_calls += 1
-            _account_pins(vm, 1, 0)
+        everything = np.arange(par.ram_pages).astype(np.int32)
+        done, cost = _pin_pages(m, i, everything, par.ram_pages)
+        vm.startup_ps += cost
+        vm.pin_calls += done
+        _account_pins(vm, done, 0)
+        if done < par.ram_pages:
+            result[n] = PIN_NO_PAGE
     return result
+
+
+@entry
+def unpin_all(m: Machine, lanes: Ints) -> None:
+    """Drop every pin on the memory of each VM."""
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        words = host_page(m, i)
+        for page in range(words.shape[0]):
+            words[page] &= ~PIN_MASK
+        end = np.int64(0)
+        for k in range(params(m, i).vcpus):
+            v = vcpu_row(m, i, k)
+            v.pin_count = 0
+            end = max(end, v.now_ps + v.host_ps)
+        _account_pins(vm, -vm.pinned_pages, end)
 
 
 @entry

@@ -49,12 +49,18 @@ def _free_table(vm: Any, pool: Ints, slot: int) -> None:
 
 
 @jit
-def stage2_leaf(frame_key: Ints, frame_slot: Slots, pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
+def _own_slot(address: int) -> int:
+    """Return the slot of one of KVM's table pages: software reaches them by the linear map, without the hash."""
+    return np.int64((address >> 12) - STAGE2_FRAME0)
+
+
+@jit
+def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
     """Return (slot, entry) of the level 3 descriptor for *ipa*, or (-1, level) if the walk ends earlier."""
     level = np.int64(2 - ((vtcr >> 6) & 3))
     address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
-        slot = find(frame_key, frame_slot, address >> 12)
+        slot = _own_slot(address)
         entry = (address & 0xFFF) >> 3
         if level == 3:
             return slot, np.int64(entry)
@@ -69,11 +75,11 @@ def stage2_leaf(frame_key: Ints, frame_slot: Slots, pool: Ints, vttbr: int, vtcr
 def map_stage2(
     vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int
 ) -> int:
-    """Map one page at stage 2. Return 1 if the entry was invalid or changed, 0 if it was there already."""
+    """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid one."""
     level = np.int64(2 - ((vm.vtcr >> 6) & 3))
     address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
-        slot = find(frame_key, frame_slot, address >> 12)
+        slot = _own_slot(address)
         entry = (address & 0xFFF) >> 3
         descriptor = pool[slot, entry]
         if level == 3:
@@ -90,14 +96,15 @@ def map_stage2(
         new |= S2_WRITE
     if descriptor == new:
         return np.int64(0)
+    pool[slot, entry] = new
     if descriptor & VALID == 0:
         refs[slot] += 1
-    pool[slot, entry] = new
-    return np.int64(1)
+        return np.int64(1)
+    return np.int64(2)
 
 
 @jit
-def unmap_stage2(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int) -> int:
+def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
     """Remove one page at stage 2 and free tables that are empty then. Return 1 if it was mapped."""
     top = np.int64(2 - ((vm.vtcr >> 6) & 3))
     level = top
@@ -105,7 +112,7 @@ def unmap_stage2(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: 
     entries = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
     address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
-        slot = find(frame_key, frame_slot, address >> 12)
+        slot = _own_slot(address)
         entry = np.int64((address & 0xFFF) >> 3)
         slots = (slots[1], slots[2], slots[3], slot)
         entries = (entries[1], entries[2], entries[3], entry)
@@ -119,14 +126,22 @@ def unmap_stage2(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: 
     pool[slots[3], entries[3]] = 0
     refs[slots[3]] -= 1
     if refs[slots[3]] == 0:
-        _free_table(vm, pool, slots[3])
-        pool[slots[2], entries[2]] = 0
-        refs[slots[2]] -= 1
-        if top < 2 and refs[slots[2]] == 0:
-            _free_table(vm, pool, slots[2])
-            pool[slots[1], entries[1]] = 0
-            refs[slots[1]] -= 1
+        _free_upwards(vm, pool, refs, slots, entries, top)
     return np.int64(1)
+
+
+@jit
+def _free_upwards(
+    vm: Any, pool: Ints, refs: Slots, slots: tuple[int, int, int, int], entries: tuple[int, int, int, int], top: int
+) -> None:
+    """Free an empty level 3 table, and its parent if that becomes empty. Root tables stay."""
+    _free_table(vm, pool, slots[3])
+    pool[slots[2], entries[2]] = 0
+    refs[slots[2]] -= 1
+    if top < 2 and refs[slots[2]] == 0:
+        _free_table(vm, pool, slots[2])
+        pool[slots[1], entries[1]] = 0
+        refs[slots[1]] -= 1
 
 
 @jit

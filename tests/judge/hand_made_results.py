@@ -19,7 +19,8 @@ FUNCTIONS = ("hash", "copy", "idle_loop")
 
 
 def workload() -> Workload:
-    """Two distributions over three functions, one kind of operation each: hash is branches, copy loads, idle_loop other.
+    """Two distributions over three functions, one kind of operation each: hash is branches, copy loads, idle_loop
+    other.
 
     Distribution 0 is 1/2 hash, 1/2 copy at 100 ps an operation; distribution 1 is 1/4 copy, 3/4 idle_loop at 200 ps.
     """
@@ -81,7 +82,9 @@ def empty_result(policy: str = "by_hand", replicates: Sequence[int] = (0,), vcpu
 
 
 def with_windows(result: Result, windows: Sequence[tuple[int, int, int, int, LostCause]]) -> Result:
-    """Add blackout windows (lane, vcpu, start_ps, length_ps, cause) in distribution 0, and the sums that belong to them."""
+    """Add blackout windows (lane, vcpu, start_ps, length_ps, cause) in distribution 0, and the sums that belong to
+    them.
+    """
     rows = np.zeros(len(windows), result.windows.dtype)
     for row, (lane, vcpu, start, length, cause) in zip(rows, windows, strict=True):
         row["lane"], row["vcpu"], row["start_ps"], row["length_ps"], row["cause"] = lane, vcpu, start, length, cause
@@ -107,7 +110,9 @@ def profiled(result: Result, lane: int, vcpu: int, active_ps: tuple[int, int], s
     result.seen[lane, vcpu] += seen
 
 
-def eventful_result(policy: str = "by_hand", replicates: Sequence[int] = (0, 1, 2, 3), blackout_ms: int = 100) -> Result:
+def eventful_result(
+    policy: str = "by_hand", replicates: Sequence[int] = (0, 1, 2, 3), blackout_ms: int = 100
+) -> Result:
     """Lane n: 800 ms active, 500 + n records, and *blackout_ms* + n ms of blackout by two stage 2 faults."""
     result = empty_result(policy, replicates)
     windows = []
@@ -116,7 +121,8 @@ def eventful_result(policy: str = "by_hand", replicates: Sequence[int] = (0, 1, 
         truth = result.truth[lane, 0]
         truth["selected"] += 2
         truth["stage2_faults"], truth["irqs"] = 2, 2
-        truth["first_fault_ps"], truth["first_fault_va"], truth["first_fault_syndrome"] = 5 * MS, 0xFFFF_8000_0000, 0x94020007
+        truth["first_fault_ps"], truth["first_fault_va"] = 5 * MS, 0xFFFF_8000_0000
+        truth["first_fault_syndrome"] = 0x94020007
         result.lost[lane, 0, LostCause.STAGE2_HOST] = 1
         result.lost[lane, 0, LostCause.STAGE2_NOT_PINNED] = 1
         result.claims[lane, 3, 3] = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from spepolicy.judge.interval import mean_ci95, t_quantile_975
 @pytest.mark.parametrize(
     ("df", "quantile"),
     # Published tables of the 97.5 % point.
-    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (10, 2.22814), (30, 2.04227), (120, 1.97993)],
+    [
+        (1, 12.7062),
+        (2, 4.30265),
+        (3, 3.18245),
+        (4, 2.77645),
+        (7, 2.36462),
+        (10, 2.22814),
+        (30, 2.04227),
+        (120, 1.97993),
+    ],
 )
 def test_quantiles_of_published_tables(df: int, quantile: float) -> None:
     assert t_quantile_975(df) == pytest.approx(quantile, abs=6e-5)
@@ -21,7 +31,7 @@ def test_quantiles_of_published_tables(df: int, quantile: float) -> None:
 
 def test_quantiles_fall_towards_the_normal_distribution() -> None:
     values = [t_quantile_975(df) for df in range(1, 200)]
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in pairwise(values))
     assert t_quantile_975(100_000) == pytest.approx(1.959964, abs=5e-5)
 
 

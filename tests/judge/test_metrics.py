@@ -52,7 +52,7 @@ def test_every_lane_of_every_metric_is_a_number_or_not_defined() -> None:
 
 def test_nothing_happened_means_not_defined_rather_than_zero() -> None:
     values = measure(empty_result(), None).values
-    for name in ("blackout_pct", "excess_blackout_pct", "longest_blackout_us", "fidelity_tv", "attribution_accuracy_pct"):
+    for name in ("blackout_pct", "excess_blackout_pct", "longest_blackout_us", "fidelity_tv"):
         assert name not in values
     assert values["kept_records"] == 0.0
 

@@ -1,0 +1,207 @@
+"""Measure how fast and how small the simulation is, against the bars that the project sets itself (see README.md)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numba
+import numpy as np
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from simpy_model import run as run_simpy
+
+from spepolicy.config import register, to_scenario
+from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.errors import ConfigurationError, SpePolicyError
+from spepolicy.jit import COMPILED, is_compiled_already
+from spepolicy.machine.scenario import Scenario
+from spepolicy.messages import explain
+from spepolicy.plugins import build_policy, installed_policies
+from spepolicy.units import parse_duration
+
+MIN_SAMPLES_PER_S = 40e6
+MIN_RATIO = 50
+MAX_OTHER_BYTES = 64 * 1024
+MAX_FIRST_RUN_S = 60
+MAX_LATER_RUN_S = 5
+MAIN_JOB = ("-m", "spepolicy", "+policy=eager_pin")
+MAIN_POLICY = "eager_pin"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. A row without a bar is information."""
+
+    figure: str
+    value: str
+    bar: str = ""
+    passed: bool | None = None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        verdict = "-" if self.passed is None else "pass" if self.passed else "FAIL"
+        return self.figure, self.bar or "-", self.value, verdict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print one table, and return 0 if every bar is met, 1 if not, 2 for wrong arguments."""
+    options = _options(arguments)
+    try:
+        load_before = os.getloadavg()[0]
+        rows = [row for section in _sections(options) for row in section()]
+    except SpePolicyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _print_table(rows)
+    print(f"\nLoad average over a minute: {load_before:.2f} before, {os.getloadavg()[0]:.2f} after. {_machine()}")
+    return 0 if all(row.passed is not False for row in rows) else 1
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--lanes", type=int, default=1024, help="one-vCPU VMs side by side (default 1024, as the bars say)")
+    add("--duration", default="100ms", help="guest time of each lane (default 100ms)")
+    add("--policies", default="", help="comma-separated names (default: all that are installed)")
+    add("--threads", type=int, default=None, help="threads of the simulation (default: one per processor)")
+    add("--repeats", type=int, default=3, help="runs of each kind; the median counts (default 3)")
+    add("--simpy-duration", default="100ms", help="guest time of each SimPy run, one lane (default 100ms)")
+    add("--cold", action="store_true", help="also run the main job with an empty compile cache, then again")
+    add("overrides", nargs="*", help="settings of the scenario, such as workload=compressor guest.period=1024")
+    options = parser.parse_args(arguments)
+    for name in ("lanes", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, but must be at least 1")
+    return options
+
+
+def _sections(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
+    names = [name for name in options.policies.split(",") if name] or list(installed_policies())
+    policies = {name: build_policy(name, {}) for name in names}
+    duration_ps = parse_duration(options.duration, "--duration")
+    scenario = replace(_scenario(options.overrides), duration_ps=duration_ps)
+    sections = [lambda: _simulation(scenario, policies, options)]
+    if options.cold:
+        sections.append(lambda: _main_job(options.repeats))
+    return sections
+
+
+def _scenario(overrides: Sequence[str]) -> Scenario:
+    """Return the scenario of the main job, as `python -m spepolicy +policy=eager_pin` composes it."""
+    register()
+    try:
+        with initialize_config_module("spepolicy_conf", version_base="1.3"):
+            return to_scenario(compose("config", overrides=["guest.vcpus=1", *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(explain(error)) from error
+
+
+def _simulation(scenario: Scenario, policies: dict[str, object], options: argparse.Namespace) -> list[Row]:
+    """Time the machine and, between its runs, the SimPy model, so that both see the same load of the computer."""
+    rows = [_warm_up(scenario, policies, options.threads)]
+    simpy_scenario = replace(scenario, duration_ps=parse_duration(options.simpy_duration, "--simpy-duration"))
+    simpy_rates, main_rates = [], []
+    for name, policy in policies.items():
+        results = []
+        for repeat in range(options.repeats):
+            _say(f"{name}: run {repeat + 1} of {options.repeats}")
+            results.append(_timed(scenario, name, policy, options))
+            if name == MAIN_POLICY:
+                outcome = run_simpy(simpy_scenario, repeat)
+                simpy_rates.append(outcome["samples"] / outcome["seconds"])
+                main_rates.append(results[-1].samples / results[-1].seconds)
+        rows += _policy_rows(name, results, scenario)
+    if simpy_rates:
+        ours, theirs = statistics.median(main_rates), statistics.median(simpy_rates)
+        rows.append(Row("SimPy model, one lane: samples/s", f"{theirs / 1e6:.3f} M"))
+        rows.append(
+            Row(f"{MAIN_POLICY}: times SimPy", f"{ours / theirs:.0f}", f">= {MIN_RATIO}", ours / theirs >= MIN_RATIO)
+        )
+    return rows
+
+
+def _warm_up(scenario: Scenario, policies: dict[str, object], threads: int | None) -> Row:
+    """Load or compile everything that the timed runs call."""
+    known = is_compiled_already()
+    _say("loading the compiled machine" if known else "compiling the machine")
+    begin = time.perf_counter()
+    for name, policy in policies.items():
+        simulate(replace(scenario, duration_ps=5 * 10**9), policy, name=name, replicates=range(4), threads=threads)
+    return Row("loading the machine" if known else "compiling the machine", f"{time.perf_counter() - begin:.1f} s")
+
+
+def _timed(scenario: Scenario, name: str, policy: object, options: argparse.Namespace) -> Result:
+    return simulate(scenario, policy, name=name, replicates=range(options.lanes), threads=options.threads)
+
+
+def _policy_rows(name: str, results: list[Result], scenario: Scenario) -> list[Row]:
+    lanes = len(results[0].replicates)
+    rate = statistics.median(result.samples / result.seconds for result in results)
+    vm_rate = statistics.median(lanes * scenario.duration_ps / 1e12 / result.seconds for result in results)
+    tables, other = results[0].memory["page_tables"], results[0].memory["other"]
+    selected = int(np.sum(results[0].truth["selected"]))
+    fast, small = f">= {MIN_SAMPLES_PER_S / 1e6:.0f} M", f"<= {MAX_OTHER_BYTES // 1024}"
+    return [
+        Row(f"{name}: samples/s", f"{rate / 1e6:.1f} M", fast, rate >= MIN_SAMPLES_PER_S),
+        Row(f"{name}: VM-seconds/s", f"{vm_rate:.1f}"),
+        Row(f"{name}: samples simulated, each run", f"{selected:,}"),
+        Row(f"{name}: page tables, KiB a lane", f"{tables / 1024:.1f}"),
+        Row(f"{name}: all else, KiB a lane", f"{other / 1024:.1f}", small, other <= MAX_OTHER_BYTES),
+    ]
+
+
+def _main_job(repeats: int) -> list[Row]:
+    """Time the main job as a user starts it: in an empty folder, first with an empty compile cache, then again."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(Path(folder) / "compiled")}
+        work = Path(folder) / "work"
+        work.mkdir()
+        seconds = []
+        for n in range(1 + repeats):
+            _say(f"main job: {'first run' if n == 0 else f'later run {n} of {repeats}'}")
+            begin = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, *MAIN_JOB], cwd=work, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise SpePolicyError(f"the main job ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
+            seconds.append(time.perf_counter() - begin)
+    first, later = seconds[0], statistics.median(seconds[1:])
+    return [
+        Row("main job, empty compile cache", f"{first:.1f} s", f"<= {MAX_FIRST_RUN_S} s", first <= MAX_FIRST_RUN_S),
+        Row("main job, later", f"{later:.2f} s", f"<= {MAX_LATER_RUN_S} s", later <= MAX_LATER_RUN_S),
+    ]
+
+
+def _say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def _machine() -> str:
+    form = "compiled" if COMPILED else "INTERPRETED: no bar can be met"
+    return (
+        f"{len(os.sched_getaffinity(0))} processors, Python {platform.python_version()}, numpy {np.__version__}, "
+        f"numba {numba.__version__}, machine {form}."
+    )
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    lines = [("figure", "bar", "value", "verdict"), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for figure, *cells in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([figure.ljust(widths[0]), *right]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""experiments/benchmark/run.py: every figure is in the table with its bar; wrong arguments get a message."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Load run.py under a name of its own, with its folder on the path, as Python does for a script."""
+    folder = ROOT / "experiments" / "benchmark"
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location("benchmark_run", folder / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_run", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = ["--lanes", "2", "--duration", "2ms", "--repeats", "1", "--simpy-duration", "2ms"]
+
+
+def test_table_has_every_figure(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    status = benchmark.main([*SMALL, "--policies", "bare_metal,eager_pin"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.rsplit(maxsplit=3)[0]: line for line in lines if line.endswith(("-", "pass", "FAIL"))}
+    for name in ("bare_metal", "eager_pin"):
+        figures = [figure for figure in rows if figure.startswith(f"{name}:")]
+        for part in ("samples/s", "VM-seconds/s", "page tables", "all else"):
+            assert any(part in figure for figure in figures), (name, part)
+    assert any("SimPy" in figure for figure in rows)
+    judged = [line for line in rows.values() if not line.endswith("-")]
+    assert len(judged) == 2 + 2 + 1  # speed and memory of each policy, and the ratio
+    assert status == (1 if any(line.endswith("FAIL") for line in judged) else 0)
+    assert any(line.startswith("Load average") for line in lines)
+
+
+def test_a_row_that_misses_its_bar_fails(benchmark: ModuleType) -> None:
+    assert benchmark.Row("f", "1", ">= 2", False).cells() == ("f", ">= 2", "1", "FAIL")
+    assert benchmark.Row("f", "3", ">= 2", True).cells() == ("f", ">= 2", "3", "pass")
+    assert benchmark.Row("f", "3").cells() == ("f", "-", "3", "-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--policies", "eager_pni"], "Did you mean 'eager_pin'?"),
+        (["--duration", "100"], "--duration=100"),
+        (["--policies", "bare_metal", "guest.perod=512"], "perod"),
+    ],
+)
+def test_wrong_arguments(
+    benchmark: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    assert benchmark.main([*SMALL, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert part in captured.err
+    assert captured.out == ""
+
+
+def test_no_lanes(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--lanes", "0"])
+    assert stop.value.code == 2
+    assert "--lanes is 0" in capsys.readouterr().err

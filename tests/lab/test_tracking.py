@@ -1,0 +1,161 @@
+"""spepolicy.lab.tracking: MLflow gets the runs, shows them without a setting, and says clearly when it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spepolicy.errors import OutputError
+from spepolicy.lab.tracking import RunRecord, Tracked, Tracker, TrackingSettings, flat_params, store_uri
+
+# Run by a fresh interpreter in the folder of the store, with nothing configured, as `mlflow ui` is.
+READ_BACK = """
+import json, os
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+import mlflow
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+found = []
+for experiment in client.search_experiments():
+    for run in client.search_runs([experiment.experiment_id]):
+        path = [mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=item.path)
+                for item in client.list_artifacts(run.info.run_id)]
+        found.append({
+            "experiment": experiment.name, "name": run.info.run_name, "status": run.info.status,
+            "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics,
+            "history": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "over_time/x")],
+            "files": {os.path.basename(p): open(p).read() for p in path},
+        })
+print(json.dumps(found))
+"""
+
+
+def record(name: str, **changes: Any) -> RunRecord:
+    fields: dict[str, Any] = {
+        "name": name,
+        "tags": {"policy": name, "role": "chosen"},
+        "params": {f"group.key{i}": str(i) for i in range(130)},
+        "metrics": {f"metric{i}_pct": i / 7 for i in range(60)},
+        "series": [("over_time/x", step, step / 3) for step in range(1200)],
+        "start_ms": 1_000,
+        "end_ms": 61_000,
+    }
+    return RunRecord(**(fields | changes))
+
+
+def test_runs_are_found_by_mlflow_with_no_further_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "errata.md").write_text("the page")
+    with Tracker(TrackingSettings(experiment="test of tracking")) as tracker:
+        tracked = tracker.write(
+            [record("eager_pin", files=[str(tmp_path / "errata.md")]), record("pin_vm", status="KILLED")]
+        )
+    assert tracked.ui_command() == "mlflow ui"
+    assert len(set(tracked.run_ids)) == 2
+    done = subprocess.run([sys.executable, "-c", READ_BACK], capture_output=True, text=True, check=True, cwd=tmp_path)
+    runs = {run["name"]: run for run in json.loads(done.stdout)}
+    assert set(runs) == {"eager_pin", "pin_vm"}
+    first = runs["eager_pin"]
+    assert first["experiment"] == "test of tracking"
+    assert (first["status"], runs["pin_vm"]["status"]) == ("FINISHED", "KILLED")
+    assert first["params"] == record("x").params
+    assert {name: value for name, value in first["metrics"].items() if name != "over_time/x"} == record("x").metrics
+    assert first["history"] == [[step, step / 3] for step in range(1200)]
+    assert first["files"] == {"errata.md": "the page"}
+    assert first["tags"]["role"] == "chosen"
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlruns", "errata.md"}
+
+
+def test_a_file_that_is_no_database_is_one_clear_error(tmp_path: Path) -> None:
+    bad = tmp_path / "notes.txt"
+    bad.write_text("not a database, but longer than a header of one would be: " * 40)
+    with Tracker(TrackingSettings(uri=f"sqlite:///{bad}")) as tracker, pytest.raises(OutputError) as caught:
+        tracker.write([record("a")])
+    message = str(caught.value)
+    assert str(bad) in message
+    assert "not a database" in message
+    assert "tracking=none" in message
+    assert "\n" not in message
+
+
+def test_check_finds_a_bad_store_before_the_end_of_the_run(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.db"
+    bad.write_text("x" * 5000)
+    with Tracker(TrackingSettings(uri=f"sqlite:///{bad}")) as tracker:
+
+        def simulate_for_as_long_as_it_takes() -> None:
+            while True:
+                tracker.check()
+
+        with pytest.raises(OutputError, match=r"bad\.db"):
+            simulate_for_as_long_as_it_takes()
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("sqlite:///no/such/folder/mlflow.db", "is not a folder"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("file:///somewhere/mlruns", "no longer writes plain folders"),
+        ("results", "must be the URI of a database"),
+        ("htp://server:5000", "must be the URI of a database"),
+    ],
+)
+def test_a_bad_uri_is_refused_at_once(uri: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        Tracker(TrackingSettings(uri=uri))
+    message = str(caught.value)
+    assert uri in message
+    assert "tracking.uri" in message
+    assert reason in message
+    assert "tracking=none" in message
+
+
+def test_the_environment_is_asked_if_nothing_is_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store_uri(TrackingSettings()) == (f"sqlite:///{tmp_path / 'mlflow.db'}", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking.example:5000")
+    assert store_uri(TrackingSettings())[0] == "http://tracking.example:5000"
+    assert store_uri(TrackingSettings(uri="sqlite:///own.db"))[0] == f"sqlite:///{tmp_path / 'own.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense")
+    with pytest.raises(OutputError, match="from MLFLOW_TRACKING_URI"):
+        store_uri(TrackingSettings())
+
+
+def test_ui_command_names_a_store_that_mlflow_would_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = Tracked(f"sqlite:///{tmp_path / 'mlflow.db'}", "1", ("a",))
+    assert here.ui_command() == "mlflow ui"
+    elsewhere = Tracked("sqlite:////data/runs.db", "1", ("a",))
+    assert elsewhere.ui_command() == "mlflow ui --backend-store-uri 'sqlite:////data/runs.db'"
+    # An old file store in the same folder is what MLflow would show instead.
+    (tmp_path / "mlruns" / "0").mkdir(parents=True)
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("")
+    assert "--backend-store-uri" in str(here.ui_command())
+    assert Tracked("https://server:5000/", "1", ("a",)).ui_command() is None
+
+
+def test_link_compares_all_runs() -> None:
+    assert Tracked("https://server/", "7", ("a",)).link() == "https://server/#/experiments/7/runs/a"
+    link = Tracked("sqlite:////x.db", "7", ("a", "b")).link()
+    assert link == "http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+
+
+def test_parameters_are_flat_texts() -> None:
+    nested = {"seed": 1, "guest": {"buffer": "4MiB", "deep": {"x": None}}, "baselines": ["a", "b"], "long": "y" * 9999}
+    assert flat_params(nested) == {
+        "seed": "1",
+        "guest.buffer": "4MiB",
+        "guest.deep.x": "None",
+        "baselines": '["a", "b"]',
+        "long": "y" * 500,
+    }
