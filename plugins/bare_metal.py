@@ -11,8 +11,8 @@ from spepolicy.hookspecs import hookimpl
 class BareMetal:
     """No virtualization: what a profile looks like when nothing can fault behind the guest's back.
 
-    Mechanism: one stage of translation, no traps, no exits, PMBIRQ goes straight to Linux. Blackouts are left for a full
-    buffer (interrupt latency plus the driver's restart) and for a full AUX ring.
+    Mechanism: one stage of translation, no traps, no exits, PMBIRQ goes straight to Linux. Blackouts are left for a
+    full buffer (interrupt latency plus the driver's restart) and for a full AUX ring.
     Source: the yardstick of the whole discussion, "profiling that bare metal would have had" (kvm.md, terms).
     Costs: none. Fails: never at stage 2, which does not exist.
     """

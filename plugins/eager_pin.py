@@ -13,23 +13,30 @@ from spepolicy.machine.hostops import Notifier
 class EagerPin:
     """Pin the guest's buffer when profiling becomes enabled; unpin it when the next one is pinned.
 
-    Mechanism: (1) PMB* and PMS* trap. (2) When a write makes the buffer and E1SPE enabled, KVM walks stage 1 from PMBPTR to
-    PMBLIMITR.LIMIT, pins those pages and maps them. (3) Only then the previous buffer's pages are unpinned, for a drain
-    may still write to them when profiling is switched off. (4) A later stage 2 fault means that the emulation does not work:
-    IMPLEMENTATION DEFINED event with DL.
+    Mechanism: (1) PMB* and PMS* trap. (2) When a write makes the buffer and E1SPE enabled, KVM walks stage 1 from
+    PMBPTR to PMBLIMITR.LIMIT, pins those pages and maps them. (3) Only then the previous buffer's pages are unpinned,
+    for a drain may still write to them when profiling is switched off. (4) A later stage 2 fault means that the
+    emulation does not work: IMPLEMENTATION DEFINED event with DL.
     Source: kvm.md P4; W. Deacon 19 Apr 2022, A. Elisei 2 Aug to 13 Sep 2022. keep_mapped is his of 12 Aug 2022.
     Costs: a trap per register access; a walk, a pin and a map per page at each enabling write; locked memory.
-    Fails: {E0SPE,E1SPE} = {1,0} becomes enabled by an ERET that KVM does not see; notifiers unmap pinned pages; memlock.
+    Fails: {E0SPE,E1SPE} = {1,0} becomes enabled by an ERET that KVM does not see; notifiers unmap pinned pages;
+    memlock.
     """
 
-    pin_stage1_tables: bool = field(default=False, metadata=doc("also pin the guest's stage 1 tables on the way to the buffer"))
+    pin_stage1_tables: bool = field(
+        default=False, metadata=doc("also pin the guest's stage 1 tables on the way to the buffer")
+    )
     keep_mapped: bool = field(
-        default=False, metadata=doc("ignore every MMU notifier event but UNMAP for pinned pages: fewer faults, silent divergence")
+        default=False,
+        metadata=doc("ignore every MMU notifier event but UNMAP for pinned pages: fewer faults, silent divergence"),
     )
     el0_only: str = field(
         default="error",
-        metadata=doc("a first fault with {E0SPE,E1SPE} = {1,0}: 'error' (not supported, a documented erratum) or 'first_fault' (pin then)",
-                     choices=("error", "first_fault")),
+        metadata=doc(
+            "a first fault with {E0SPE,E1SPE} = {1,0}: 'error' (not supported, a documented erratum) or "
+            "'first_fault' (pin then)",
+            choices=("error", "first_fault"),
+        ),
     )
 
     @hookimpl
@@ -59,7 +66,9 @@ class EagerPin:
         rest.inject(Event.IMPDEF, data_loss=True)
 
     def _pin(self, vcpus: Vcpus) -> Vcpus:
-        """Pin [PMBPTR, LIMIT) and drop what was pinned before; tell the guest where that fails. Return the vCPUs where it worked."""
+        """Pin [PMBPTR, LIMIT) and drop what was pinned before; tell the guest where that fails. Return the vCPUs where
+        it worked.
+        """
         walk = vcpus.walk_stage1(vcpus.buffer_lo, vcpus.buffer_hi, pin_tables=self.pin_stage1_tables)
         walk.failed.inject(Event.STAGE1_ABORT)
         pinned = walk.ok.pin()

@@ -276,17 +276,15 @@ def leaked_pins(findings: Findings) -> Erratum | None:
         findings,
         "pins_leaked",
         id="SPE-KVM-11",
-        title="Memory still pinned when the guest ends",
-        trigger="The policy unpins a buffer when it pins the next one, or never, so pins outlive the session.",
+        title="Pages still pinned when the VM is gone",
+        trigger="The VM goes while a buffer is pinned, and the policy does not unpin in vm_destroyed.",
         versions="all",
-        effect_on_guest="None.",
-        effect_on_profile="None. Memory that nobody profiles into can neither be reclaimed nor moved, and counts as "
-        "locked.",
-        severity="low",
+        effect_on_guest="None: it is gone.",
+        effect_on_profile="None. The host loses memory: it can neither be reclaimed nor moved, and counts as locked.",
+        severity="high",
         blame="kvm",
-        workaround="KVM must drop the pins when the VM goes, in kvm_arch_flush_shadow_all(), which also runs when "
-        "the VMM is killed; a timer or ageing could drop them when profiling has been off for long.",
-        source="M. Zyngier and A. Elisei, 14 and 15 Feb 2022, A. Elisei, 12 Jan 2026 (kvm.md H11, P9)",
+        workaround="Unpin in kvm_arch_flush_shadow_all(), which also runs when the VMM is killed.",
+        source="M. Zyngier and A. Elisei, 14 and 15 Feb 2022 (kvm.md H11)",
     )
 
 
@@ -346,7 +344,9 @@ def data_loss(findings: Findings) -> Erratum | None:
         "whole one "
         "cannot be "
         "found when "
-        "sizes vary." if thrown else "The cut record is lost; those before it are whole, because their size is fixed.",
+        "sizes vary."
+        if thrown
+        else "The cut record is lost; those before it are whole, because their size is fixed.",
         severity="high" if thrown else "medium",
         blame="architecture",
         workaround="Never fault while a session is running: pin and map the whole buffer before it starts.",

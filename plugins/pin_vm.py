@@ -13,16 +13,20 @@ class PinVm:
     """Pin and map all guest memory before the first vCPU runs; treat any stage 2 fault as an error.
 
     Mechanism: (1) the VMM locks every memslot, KVM pins each page and maps it at stage 2. (2) The guest's buffer
-    registers trap, so that KVM can emulate PMBIRQ. (3) A stage 2 fault cannot happen by design; if it does, KVM shows the guest an
-    external abort and warns (v5), since it does not know why.
-    Source: A. Elisei, RFC v4 and v5, 2021 (kvm.md P2c, error E2); W. Deacon: "pinning all of guest memory is really crap".
+    registers trap, so that KVM can emulate PMBIRQ. (3) A stage 2 fault cannot happen by design; if it does, KVM shows
+    the guest an external abort and warns (v5), since it does not know why.
+    Source: A. Elisei, RFC v4 and v5, 2021 (kvm.md P2c, error E2); W. Deacon: "pinning all of guest memory is really
+    crap".
     Costs: all of the VM's memory counts against RLIMIT_MEMLOCK, page by page, before boot; one trap per PMB* access.
     Fails: MMU notifiers fire for pinned pages too, so NUMA balancing, KSM, fork and mprotect still unmap stage 2.
     """
 
     raise_memlock: bool = field(
         default=True,
-        metadata=doc("the VMM has CAP_IPC_LOCK or a memlock limit as large as the VM; else the limit applies and nothing is pinned"),
+        metadata=doc(
+            "the VMM has CAP_IPC_LOCK or a memlock limit as large as the VM; else the limit applies and nothing "
+            "is pinned"
+        ),
     )
 
     @hookimpl

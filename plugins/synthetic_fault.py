@@ -14,15 +14,17 @@ from .pin_on_fault import pin_buffer_and_resume
 class SyntheticFault:
     """Pin at the first stage 2 fault, and treat the write that enables profiling at EL1 as such a fault.
 
-    Mechanism: (1) when a trapped write enables profiling at EL1, KVM calls its SPE fault handler on PMBPTR before the guest
-    goes on: walk, pin, map, unpin the previous buffer. (2) Real stage 2 faults go to the same handler. (3) An EL0-only
-    session keeps the hardware's first fault.
+    Mechanism: (1) when a trapped write enables profiling at EL1, KVM calls its SPE fault handler on PMBPTR before the
+    guest goes on: walk, pin, map, unpin the previous buffer. (2) Real stage 2 faults go to the same handler. (3) An
+    EL0-only session keeps the hardware's first fault.
     Source: kvm.md P6; O. Upton 2 and 9 Aug 2022, "if folks complain about EL1 profile blackout".
     Costs: those of pin_on_fault plus a trap per PMS* access, and a walk and pin at each enabling write.
     Fails: as pin_on_fault; pinning does not stop the notifiers, but a fault with DL=0 is repaired.
     """
 
-    pin_stage1_tables: bool = field(default=True, metadata=doc("also pin the guest's stage 1 tables on the way to the buffer"))
+    pin_stage1_tables: bool = field(
+        default=True, metadata=doc("also pin the guest's stage 1 tables on the way to the buffer")
+    )
 
     @hookimpl
     def traps(self) -> Trap:

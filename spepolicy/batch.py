@@ -1,8 +1,9 @@
 """What a policy holds in its hands: batches of vCPUs and VMs, with what KVM can read and the tools that KVM has.
 
-A batch is arrays. Reading a register gives a fresh array of one element a vCPU; a tool acts on every vCPU of the batch, charges its
-cost to it, and returns what KVM would learn. `where(mask)` narrows a batch. Nothing here leads to what only the judge knows:
-a batch has no reference to the machine, only a ticket for the tools that is void when the hook returns.
+A batch is arrays. Reading a register gives a fresh array of one element a vCPU; a tool acts on every vCPU of the batch,
+charges its cost to it, and returns what KVM would learn. `where(mask)` narrows a batch. Nothing here leads to what only
+the judge knows: a batch has no reference to the machine, only a ticket for the tools that is void when the hook
+returns.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def _kit(ticket: int) -> Any:
 
 
 def _per_vcpu(values: ArrayLike, size: int, what: str, kind: str) -> NDArray[Any]:
-    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type."""
+    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type.
+    """
     array = np.asarray(values)
     if array.ndim == 0:
         array = np.full(size, array)
@@ -74,9 +76,8 @@ class State:
 
     def _check(self, name: str) -> None:
         if name not in (self._rows.dtype.names or ()):
-            raise HookError(
-                f"state field '{name}' does not exist. Declared in State: {', '.join(self._rows.dtype.names or ()) or 'nothing'}."
-            )
+            declared = ", ".join(self._rows.dtype.names or ()) or "nothing"
+            raise HookError(f"state field '{name}' does not exist. Declared in State: {declared}.")
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         self._check(name)
@@ -141,7 +142,8 @@ class Vcpus:
     @property
     def data_loss(self) -> NDArray[np.bool_]:
         """PMBSR_EL1.DL, bool[n]: a record was cut."""
-        return (self.pmbsr & np.uint64(1 << 19)) != 0
+        lost: NDArray[np.bool_] = (self.pmbsr & np.uint64(1 << 19)) != 0
+        return lost
 
     @property
     def pinned_pages(self) -> Ints:
@@ -193,12 +195,17 @@ class Vcpus:
         """Say what KVM believes to be the reason of the fault: a `Cause`, or integers [n] of it. For the judge only."""
         causes = _per_vcpu(int(cause) if isinstance(cause, Cause) else cause, len(self), "claim(cause)", "integer")
         if len(causes) and (causes.min() < 0 or causes.max() >= len(Cause)):
-            raise HookError(f"claim() was given {causes.min()}..{causes.max()}. Rule: spepolicy.hookspecs.Cause, 0..{len(Cause) - 1}.")
+            raise HookError(
+                f"claim() was given {causes.min()}..{causes.max()}. "
+                f"Rule: spepolicy.hookspecs.Cause, 0..{len(Cause) - 1}."
+            )
         _kit(self._ticket).claim(self._lanes, self._vcpus, causes.astype(np.int64))
 
 
 class WalkResult:
-    """Outcome of a walk: `ok` and `failed` are batches; `status` is int64[n], 0 or the stage 1 fault status of the first bad page."""
+    """Outcome of a walk: `ok` and `failed` are batches; `status` is int64[n], 0 or the stage 1 fault status of the
+    first bad page.
+    """
 
     __slots__ = ("_batch", "status")
 
@@ -223,13 +230,16 @@ class WalkedVcpus(Vcpus):
     __slots__ = ()
 
     def pin(self) -> PinResult:
-        """Pin these pages (FOLL_WRITE | FOLL_LONGTERM) and map them at stage 2. Costs per page; may hit the memlock limit."""
+        """Pin these pages (FOLL_WRITE | FOLL_LONGTERM) and map them at stage 2. Costs per page; may hit the memlock
+        limit.
+        """
         return PinResult(self, _kit(self._ticket).pin_fresh(self._lanes, self._vcpus))
 
     def map(self) -> NDArray[np.bool_]:
         """Map these pages at stage 2 as an ordinary fault does, without a pin. Return bool[n]: it worked."""
         failed: Ints = _kit(self._ticket).map_fresh(self._lanes, self._vcpus)
-        return failed == 0
+        worked: NDArray[np.bool_] = failed == 0
+        return worked
 
 
 class PinResult:

@@ -133,8 +133,8 @@ def _policy_names(words: list[str]) -> list[str] | None:
     """Return the policies that the words name plainly, or None if no word chooses any."""
     found: list[str] | None = None
     for word in words:
-        key, _, value = word.partition("=")
-        if key.lstrip("+").partition("@")[0] == "policy":
+        key, equals, value = word.partition("=")
+        if equals and key.lstrip("+").partition("@")[0] == "policy":
             if not key.startswith("+"):
                 _explain_plus(words, value)
             found = found or []
@@ -190,39 +190,53 @@ def _compose(arguments: list[str], show_traceback: bool) -> int:
     session = Session(show_traceback)
     if not _COMPLETES.isdisjoint(arguments):
         return _complete(session, arguments)
-    with _hydra_environment(arguments):
-        session.start(arguments)
+    with _hydra_environment(_flags_first(arguments)) as ordered:
+        session.start(ordered)
     return USER_ERROR if session.failed else 0
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Return *arguments* with the flags before the words: Hydra's parser takes no words on both sides of a flag."""
+    words = _words(arguments)
+    flags = [argument for argument in arguments if argument not in words]
+    return [*flags, *(["--", *words] if words else [])]
 
 
 def _complete(session: Session, arguments: list[str]) -> int:
     """Answer the shell's completion request. What cannot be composed yet completes to nothing; it is no error."""
-    from contextlib import redirect_stdout
+    from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
 
     from spepolicy.completion import for_typing
 
     text = StringIO()
     try:
-        with _hydra_environment(arguments), redirect_stdout(text):
+        with _hydra_environment(arguments), redirect_stdout(text), redirect_stderr(StringIO()):
             session.start(arguments)
-    except Exception:
+    except (Exception, SystemExit):
         if session.show_traceback:
             raise
         return 0
-    print(for_typing(text.getvalue()), end="")
+    query = any(argument.startswith("query=") for argument in arguments)
+    print(for_typing(text.getvalue()) if query else text.getvalue(), end="")
     return 0
 
 
 @contextmanager
-def _hydra_environment(arguments: list[str]) -> Iterator[None]:
-    """Give Hydra our arguments, and make it raise its errors to us instead of printing them."""
+def _hydra_environment(arguments: list[str]) -> Iterator[list[str]]:
+    """Give Hydra our arguments, and make it raise its errors instead of printing them; undo all of it afterwards."""
+    import logging
+
+    root = logging.getLogger()
+    saved_logging = (list(root.handlers), root.level)
     saved_argv, saved_flag = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv = ["spepolicy", *arguments]
     os.environ[FULL_ERROR] = "1"
     try:
-        yield
+        yield arguments
     finally:
+        root.handlers[:], level = saved_logging
+        root.setLevel(level)
         sys.argv = saved_argv
         if saved_flag is None:
             del os.environ[FULL_ERROR]

@@ -1,7 +1,8 @@
 """Errors that a user can cause.
 
 Each message says what is wrong, which value, where, the rule, and the remedy. They all share one base class, so the
-command line can print them without a traceback and exit with status 2; everything else is a bug and keeps its traceback.
+command line can print them without a traceback and exit with status 2; everything else is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ Order of calls in one run
 5. `errata`                                            once, when the judge has finished
 6. `report_errata`                                     once, with all findings
 
-A *batch* holds vCPUs of many VMs ("lanes") that reached the same point; everything about it is an array over the batch. Policies may
-not call each other, may not keep state outside `vcpus.state` (a row a vCPU, dtype declared as `State` on the plugin),
-and see what KVM would see: registers, the results of walks that they paid for, their own state.
-One run has exactly one policy. Reporters and observers may be many.
+A *batch* holds vCPUs of many VMs ("lanes") that reached the same point; everything about it is an array over the batch.
+Policies may not call each other, may not keep state outside `vcpus.state` (a row a vCPU, dtype declared as `State` on
+the plugin), and see what KVM would see: registers, the results of walks that they paid for, their own state. One run
+has exactly one policy. Reporters and observers may be many.
 """
 
 from __future__ import annotations
@@ -64,14 +64,29 @@ class Cause(IntEnum):
     MIGRATION = 5
 
 
-def doc(text: str, *, unit: str = "", minimum: float | None = None, maximum: float | None = None,
-        choices: Sequence[str] = (), source: str = "") -> dict[str, Any]:
-    """Describe a field of a policy dataclass: `field(default=..., metadata=doc("what it does", unit="pages", minimum=0))`.
+def doc(
+    text: str,
+    *,
+    unit: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[str] = (),
+    source: str = "",
+) -> dict[str, Any]:
+    """Describe a field of a policy dataclass: `field(default=..., metadata=doc("what it does", unit="pages",
+    minimum=0))`.
 
-    The description is shown by `python -m spepolicy +policy=NAME --help`; *minimum*, *maximum* and *choices* are checked
-    before a run starts.
+    The description is shown by `python -m spepolicy +policy=NAME --help`; *minimum*, *maximum* and *choices* are
+    checked before a run starts.
     """
-    return {"doc": text, "unit": unit, "minimum": minimum, "maximum": maximum, "choices": tuple(choices), "source": source}
+    return {
+        "doc": text,
+        "unit": unit,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": tuple(choices),
+        "source": source,
+    }
 
 
 class PolicySpec:
@@ -90,16 +105,17 @@ class PolicySpec:
     def traps(self) -> Trap | None:
         """Return which register groups trap (`Trap`). Once per run. No implementation means `Trap.NONE`.
 
-        A hook that follows a register write (`buffer_enabled`, `profiling_enabled`, `buffer_disabled`) is called only if that
-        register traps: KVM does not see the others.
+        A hook that follows a register write (`buffer_enabled`, `profiling_enabled`, `buffer_disabled`) is called only
+        if that register traps: KVM does not see the others.
         """
 
     @hookspec(firstresult=True)
     def notifier_filter(self) -> Notifier | None:
         """Return the MMU notifier events that KVM ignores for pages which this policy holds pinned. Once per run.
 
-        An ignored event leaves the stage 2 entry in place even though the host has changed its own mapping, which avoids
-        a fault and risks *silent divergence*. No implementation means that every event is honoured, as mainline does.
+        An ignored event leaves the stage 2 entry in place even though the host has changed its own mapping, which
+        avoids a fault and risks *silent divergence*. No implementation means that every event is honoured, as mainline
+        does.
         """
 
     # ---- pinning ----------------------------------------------------------------------------------------------------
@@ -113,7 +129,8 @@ class PolicySpec:
 
     @hookspec
     def buffer_enabled(self, vcpus: Vcpus) -> None:
-        """A trapped write just made ProfilingBufferEnabled() true (PMBLIMITR_EL1.E=1 and PMBSR_EL1.S=0). Once per batch.
+        """A trapped write just made ProfilingBufferEnabled() true (PMBLIMITR_EL1.E=1 and PMBSR_EL1.S=0). Once per
+        batch.
 
         Needs `Trap.PMB`. The guest is stopped at the write; what the policy does here is charged to it.
         """
@@ -122,18 +139,21 @@ class PolicySpec:
     def profiling_enabled(self, vcpus: Vcpus) -> None:
         """A trapped write just enabled profiling at the current exception level, EL1. Once per batch.
 
-        That is: buffer enabled, and PMSCR_EL1.E1SPE set, after a write to PMSCR_EL1 (needs `Trap.PMS`) or to PMBLIMITR_EL1
-        or PMBSR_EL1 (needs `Trap.PMB`). NOT called for {E0SPE,E1SPE} = {1,0}: there profiling becomes enabled by the
-        ERET to EL0, which KVM does not see.
+        That is: buffer enabled, and PMSCR_EL1.E1SPE set, after a write to PMSCR_EL1 (needs `Trap.PMS`) or to
+        PMBLIMITR_EL1 or PMBSR_EL1 (needs `Trap.PMB`). NOT called for {E0SPE,E1SPE} = {1,0}: there profiling becomes
+        enabled by the ERET to EL0, which KVM does not see.
         """
 
     @hookspec
     def buffer_disabled(self, vcpus: Vcpus) -> None:
-        """A trapped write just cleared PMBLIMITR_EL1.E, after the guest has drained. Once per batch. Needs `Trap.PMB`."""
+        """A trapped write just cleared PMBLIMITR_EL1.E, after the guest has drained. Once per batch. Needs `Trap.PMB`.
+        """
 
     @hookspec
     def vm_destroyed(self, vms: Vms) -> None:
-        """The guests of this batch have ended. Once per batch. `vms` offers `unpin_all()`; pins that are left then are leaks."""
+        """The guests of this batch have ended. Once per batch. `vms` offers `unpin_all()`; pins that are left then are
+        leaks.
+        """
 
     # ---- fault handling ---------------------------------------------------------------------------------------------
 
@@ -141,13 +161,14 @@ class PolicySpec:
     def stage2_fault(self, faults: Vcpus) -> None:
         """The SPU took a stage 2 fault: PMBSR_EL1.S=1, EC=0x25, profiling has stopped. Once per batch, after the exit.
 
-        Every vCPU in the batch must be answered: `resume()` after the mapping was repaired, or `inject(Event)`. One that is
-        not answered is an error (`HookError`). `faults.pmbptr` is the faulting VA, `faults.fault_status` the FSC,
-        `faults.data_loss` PMBSR_EL1.DL. Whether the cause was the guest, the host or KVM is not to be seen.
-        A policy may `claim(Cause)`; the judge compares.
+        Every vCPU in the batch must be answered: `resume()` after the mapping was repaired, or `inject(Event)`. One
+        that is not answered is an error (`HookError`). `faults.pmbptr` is the faulting VA, `faults.fault_status` the
+        FSC, `faults.data_loss` PMBSR_EL1.DL. Whether the cause was the guest, the host or KVM is not to be seen. A
+        policy may `claim(Cause)`; the judge compares.
         """
 
-    # ---- erratum reporting: the policy's own part ---------------------------------------------------------------------
+    # ---- erratum reporting: the policy's own part
+    # ---------------------------------------------------------------------
 
     @hookspec
     def errata(self) -> Sequence[Erratum] | None:
@@ -161,8 +182,8 @@ class ReporterSpec:
     def report_errata(self, findings: Findings) -> Sequence[Erratum] | None:
         """Turn what the judge observed into errata. Once per run and policy.
 
-        `findings` is read-only: the policy's name, the SPE version, and for each kind of observation the count and its first
-        occurrence. An exception is logged with the plugin's name and does not lose the results.
+        `findings` is read-only: the policy's name, the SPE version, and for each kind of observation the count and its
+        first occurrence. An exception is logged with the plugin's name and does not lose the results.
         """
 
 

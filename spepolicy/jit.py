@@ -1,10 +1,11 @@
 """One switch between the compiled and the interpreted form of the machine.
 
-`@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the same
-source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions that Python calls.
+`@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the
+same source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions
+that Python calls.
 
-numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The cache
-folder is therefore named after the content of everything that can end up in the compiled code.
+numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The
+cache folder is therefore named after the content of everything that can end up in the compiled code.
 """
 
 from __future__ import annotations
@@ -40,15 +41,18 @@ def cache_dir() -> Path:
     return root / f"machine-{_source_hash()}"
 
 
-import numba  # noqa: E402
+import numba as _numba  # noqa: E402
 
-COMPILED = not numba.config.DISABLE_JIT
+numba: Any = _numba  # its stubs lack the configuration and the wrapper options
+COMPILED: bool = not numba.config.DISABLE_JIT
 
 if COMPILED:
     numba.config.CACHE_DIR = str(cache_dir())
 
     def jit(function: F) -> F:
-        """Compile *function* for calls from compiled code: without a wrapper for Python, which costs more to compile than the rest."""
+        """Compile *function* for calls from compiled code: without a wrapper for Python, which costs more to compile
+        than the rest.
+        """
         compiled: F = numba.njit(
             cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
         )(function)
@@ -70,6 +74,7 @@ else:
 
     def _row_class(dtype: np.dtype[Any]) -> type:
         """Make a class whose attributes are the fields of *dtype*; np.record does the same ten times slower."""
+
         def accessor(name: str) -> property:
             return property(lambda self: self.record[name], lambda self, value: self.record.__setitem__(name, value))
 
@@ -90,3 +95,10 @@ else:
 def is_compiled_already() -> bool:
     """Tell whether the cache folder of this source holds anything, so that a first run can say why it takes longer."""
     return not COMPILED or any(cache_dir().glob("**/*.nbi"))
+
+
+@jit
+def widen(value: Any) -> int:
+    """Turn an element of a narrower array into the machine's int64, so that no function is compiled twice."""
+    wide: Any = np.int64(value)
+    return wide  # type: ignore[no-any-return]

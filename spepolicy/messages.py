@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 
 from spepolicy.errors import nearest
 from spepolicy.plugins import installed_policies
 from spepolicy.policy_fields import fields_of
-from spepolicy.schema import GROUPS, HOST_KINDS, setting_at, setting_names, settings_of
+from spepolicy.schema import GROUPS, HOST_KINDS, setting_at, setting_names
 
 __all__ = ["explain", "missing_choice", "unknown_setting"]
 
-_NOUNS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "text"}
+_NOUNS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false", "String": "text"}
 _ADDED = ("policy", "experiment")  # groups without a default, chosen with +
 _INTERNAL = re.compile(
     r"^\s*(full_key:|object_type|reference_type|See https?:|Config search path|provider=)|^\s*\^?\s*$"
@@ -52,7 +53,10 @@ def unknown_setting(key: str, owner: str = "") -> str:
     group = key.partition(".")[0]
     if group == "policy":
         return _unknown_field(key, owner)
-    kinds = [kind for kind, cls in HOST_KINDS.items() if group == "host" and key.partition(".")[2] in settings_of(cls)]
+    name = key.removeprefix("host.").partition(".")[0]
+    kinds = [
+        kind for kind, cls in HOST_KINDS.items() if group == "host" and name in {item.name for item in fields(cls)}
+    ]
     if kinds:
         return f"{key}: the chosen host has no such setting; it belongs to host={kinds[0]}. Add host={kinds[0]}."
     where = f"The group's settings: --help {group}." if group in GROUPS else "All groups: --help."
@@ -159,6 +163,7 @@ _RULES: tuple[tuple[str, Callable[[re.Match[str], str], str]], ...] = (
     (rf"Key '[^']*' not in '(?P<owner>[^']*)'{_FULL}", _unknown_key),
     (rf"Invalid value assigned: \w+ is not a ListConfig, list or tuple\.{_FULL}", _not_list),
     (rf"Value '(?P<value>.*?)' of type '[^']*' could not be converted to (?P<type>\w+){_FULL}", _unconvertible),
+    (rf"Value '(?P<value>.*?)' is not a valid (?P<type>bool)\b{_FULL}", _unconvertible),
     (rf"field '[^']*' is not Optional{_FULL}", _null),
     (rf"Cannot convert '\w+' to string: '(?P<value>.*?)'\n{_FULL}", _not_single),
     (rf"is not a subclass of \w+\. value: (?P<value>[^\n]*)\n{_FULL}", _is_group),

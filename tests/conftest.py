@@ -17,8 +17,8 @@ def install(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     """Return a function that installs a fake distribution of plugins, for this process and for its children.
 
     `install(source, {"policy": "Class"}, distribution="name", group="spepolicy.policies")` writes a module with
-    *source* and the metadata that pip would write, and returns the folder, which is on sys.path and PYTHONPATH until the
-    test ends.
+    *source* and the metadata that pip would write, and returns the folder. It is on sys.path and PYTHONPATH until
+    the test ends.
     """
     paths: list[str] = []
 

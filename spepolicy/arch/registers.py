@@ -1,4 +1,6 @@
-"""Fields of the SPE registers that the machine uses, as int64 masks and shifts (Arm ARM DDI 0487 M.a.a, spe.md section 1)."""
+"""Fields of the SPE registers that the machine uses, as int64 masks and shifts (Arm ARM DDI 0487 M.a.a, spe.md section
+1).
+"""
 
 from __future__ import annotations
 

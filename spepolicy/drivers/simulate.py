@@ -1,9 +1,10 @@
 """The simulate driver: run lanes by clocks and random rates, and call the policy's hooks once per batch.
 
-Lanes are cut into chunks; a worker thread runs one chunk after the other on one machine. It runs the compiled machine on its chunk, without the interpreter lock,
-until every lane waits for the policy or is done; then it calls each hook once for all lanes that wait for it, and goes on. Hooks of
-different chunks may interleave where a tool runs compiled code. Policies keep all that they remember in `vcpus.state`, so neither that
-nor the chunk that a lane is in can change its result.
+Lanes are cut into chunks; a worker thread runs one chunk after the other on one machine. It runs the compiled machine
+on its chunk, without the interpreter lock, until every lane waits for the policy or is done; then it calls each hook
+once for all lanes that wait for it, and goes on. Hooks of different chunks may interleave where a tool runs compiled
+code. Policies keep all that they remember in `vcpus.state`, so neither that nor the chunk that a lane is in can change
+its result.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from spepolicy.errors import ConfigurationError, HookError, SpePolicyError
 from spepolicy.hookspecs import PolicySpec, Trap
 from spepolicy.machine import toolbox
 from spepolicy.machine.build import Behaviour, allocate, bytes_per_lane, reset
-from spepolicy.machine.rows import context
 from spepolicy.machine.lane import run_lanes, start_lanes
+from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
 from spepolicy.machine.state import WINDOW, Hook, Machine
 
@@ -38,7 +39,8 @@ _HOOK_NAMES = {
     Hook.STAGE2_FAULT: "stage2_fault",
     Hook.VM_DESTROYED: "vm_destroyed",
 }
-# Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a gigabyte.
+# Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
+# gigabyte.
 _CHUNK_LANES = 256
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
@@ -76,7 +78,8 @@ class _Kit:
         self._m = handle
 
     def register(self, name: str, lanes: Ints, vcpus: Ints) -> NDArray[np.uint64]:
-        return self._machine.vcpu[name][lanes, vcpus].view(np.uint64)
+        values: NDArray[np.uint64] = self._machine.vcpu[name][lanes, vcpus].view(np.uint64)
+        return values
 
     def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool) -> Ints:
         return toolbox.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables))
@@ -125,11 +128,17 @@ def behaviour_of(policy: object, manager: Any) -> Behaviour:
     virtualized = manager.hook.virtualization()
     traps = Trap.NONE if traps is None else traps
     if not isinstance(traps, Trap):
-        raise HookError(f"policy '{_name(policy)}': traps() returned {traps!r}. Rule: a spepolicy.hookspecs.Trap or None.")
+        raise HookError(
+            f"policy '{_name(policy)}': traps() returned {traps!r}. Rule: a spepolicy.hookspecs.Trap or None."
+        )
     if keep is not None and not isinstance(keep, int):
-        raise HookError(f"policy '{_name(policy)}': notifier_filter() returned {keep!r}. Rule: a Notifier mask or None.")
+        raise HookError(
+            f"policy '{_name(policy)}': notifier_filter() returned {keep!r}. Rule: a Notifier mask or None."
+        )
     if virtualized not in (None, True, False):
-        raise HookError(f"policy '{_name(policy)}': virtualization() returned {virtualized!r}. Rule: True, False or None.")
+        raise HookError(
+            f"policy '{_name(policy)}': virtualization() returned {virtualized!r}. Rule: True, False or None."
+        )
     return Behaviour(
         virtualized=virtualized is not False,
         trap_pmb=bool(traps & Trap.PMB),
@@ -146,7 +155,7 @@ def _name(policy: object) -> str:
 class _Chunk:
     """Some lanes of a run on one machine, from start to end."""
 
-    def __init__(self, run: _Run, m: Machine, replicates: Sequence[int]) -> None:
+    def __init__(self, run: _Run, m: Machine, replicates: Ints) -> None:
         self.run, self.m, self.handle = run, m, context(m)
         self.lanes = np.arange(len(replicates), dtype=np.int64)
         reset(m, run.scenario, replicates)
@@ -184,7 +193,8 @@ class _Chunk:
             if len(at_hook):
                 self.call(hook, at_hook)
         self.m.vm["hook"][lanes] = Hook.NONE
-        return lanes[(self.m.vm["finished"][lanes] == 0) | (waiting == Hook.VM_DESTROYED)]
+        unfinished: Ints = lanes[(self.m.vm["finished"][lanes] == 0) | (waiting == Hook.VM_DESTROYED)]
+        return unfinished
 
     def call(self, hook: Hook, lanes: Ints) -> None:
         """Call one hook for one batch, and see that the contract was kept."""
@@ -210,8 +220,9 @@ class _Chunk:
             silent = self.m.vcpu["answered"][lanes, vcpus] == 0
             if silent.any():
                 raise HookError(
-                    f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without an answer. "
-                    "Rule: every vCPU of the batch is resumed or told. Remedy: call faults.resume() or faults.inject(...)."
+                    f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without "
+                    "an answer. Rule: every vCPU of the batch is resumed or told. "
+                    "Remedy: call faults.resume() or faults.inject(...)."
                 )
             toolbox.score_claims(self.handle, lanes, vcpus)
 
@@ -237,7 +248,9 @@ class _Run:
         self.running: dict[int, _Chunk] = {}
 
     def work(self) -> None:
-        """Worker thread: take chunks until none is left. The machine is allocated once: fresh memory costs more than its layout."""
+        """Worker thread: take chunks until none is left. The machine is allocated once: fresh memory costs more than
+        its layout.
+        """
         m: Machine | None = None
         with np.errstate(over="ignore"):
             while not self.stopping and (start := next(self.starts, None)) is not None:
@@ -306,7 +319,9 @@ def simulate(
 
 
 def _result(run: _Run, seconds: float, interrupted: bool) -> Result:
-    """Put the chunks together in the order of the replicates. Lanes that an interruption left out are not in the result."""
+    """Put the chunks together in the order of the replicates. Lanes that an interruption left out are not in the
+    result.
+    """
     run.parts.sort(key=lambda part: part[0])
     kept = {name: np.concatenate([part[1][name] for part in run.parts]) for name in _KEPT} if run.parts else None
     if kept is None:
@@ -318,9 +333,16 @@ def _result(run: _Run, seconds: float, interrupted: bool) -> Result:
     if not interrupted and (len(order) != len(run.replicates) or not finished.all()):
         raise AssertionError("a lane ended without reaching its duration: this is a bug in spepolicy.machine")
     return Result(
-        policy=run.name, scenario=run.scenario, replicates=order, windows=windows, finished=finished,
+        policy=run.name,
+        scenario=run.scenario,
+        replicates=order,
+        windows=windows,
+        finished=finished,
         host_elapsed_ps=(kept["vcpu"]["now_ps"] + kept["vcpu"]["host_ps"]).max(axis=1),
-        samples=int(kept["truth"]["selected"].sum()), seconds=seconds, memory=run.memory, **kept,
+        samples=int(kept["truth"]["selected"].sum()),
+        seconds=seconds,
+        memory=run.memory,
+        **kept,
     )
 
 

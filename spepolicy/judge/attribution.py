@@ -21,9 +21,7 @@ __all__ = ["accuracy", "claimed_share", "recall"]
 
 
 def accuracy(result: Result) -> Floats:
-    """Return float64[N]: stage 2 faults whose cause was claimed rightly / all stage 2 faults; NaN where there was
-    none.
-    """
+    """Return float64[N]: stage 2 faults whose cause was claimed rightly / all; NaN where there was none."""
     claims = result.claims
     right = np.trace(claims, axis1=1, axis2=2) - claims[:, Cause.UNKNOWN, Cause.UNKNOWN]
     return ratio(right, claims.sum(axis=(1, 2)))
@@ -36,7 +34,5 @@ def claimed_share(result: Result) -> Floats:
 
 
 def recall(result: Result, cause: Cause) -> Floats:
-    """Return float64[N]: stage 2 faults truly of *cause* that were claimed as such / all truly of *cause*; NaN where
-    there was none.
-    """
+    """Return float64[N]: stage 2 faults truly of *cause* claimed as such / all of *cause*; NaN without any."""
     return ratio(result.claims[:, cause, cause], result.claims[:, :, cause].sum(axis=1))

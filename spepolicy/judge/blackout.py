@@ -1,5 +1,4 @@
-"""Blackout: guest time in which profiling was wanted and the SPU did not sample. Fractions, windows, what was missed,
-and when.
+"""Blackout, guest time in which profiling was wanted and the SPU did not sample: fractions, windows, what was missed.
 
 *wanted* and *blackout* are guest-executed time (DESIGN 5): while a vCPU is preempted, or its exit is handled, no guest
 operation executes, so none can be missed.
@@ -47,9 +46,7 @@ def blackout_by_cause_ps(result: Result) -> NDArray[np.int64]:
 
 
 def blackout_fraction(result: Result) -> Floats:
-    """Return float64[N]: blackout / wanted guest time, both summed over the vCPUs; NaN where profiling was never
-    wanted.
-    """
+    """Return float64[N]: blackout / wanted guest time, both summed over the vCPUs; NaN where nothing was wanted."""
     wanted = lane_sum(result, "wanted_ps")
     blackout = blackout_by_cause_ps(result).sum(axis=1)
     return ratio(blackout, wanted)
@@ -101,9 +98,7 @@ class WindowLengths:
 
 
 def window_lengths(result: Result) -> WindowLengths:
-    """Return order statistics of the windows, by lane and pooled. Quantiles interpolate linearly; every window has
-    weight 1.
-    """
+    """Return order statistics of the windows, by lane and pooled; quantiles interpolate linearly."""
     lanes = len(result.replicates)
     order = np.lexsort((result.windows["length_ps"], result.windows["lane"]))
     length = result.windows["length_ps"][order] / PS_PER_US

@@ -151,9 +151,7 @@ _VERSION_NAMES = {1: "SPE", 2: "SPEv1p1", 3: "SPEv1p2", 4: "SPEv1p3", 5: "SPEv1p
 
 
 def errata_as_markdown(findings: Findings, errata: Sequence[Erratum]) -> str:
-    """Return `errata.md`: a table, then a section an erratum, in the manner of the kernel's documentation of its
-    errata.
-    """
+    """Return `errata.md`: a table, then a section an erratum, in the manner of the kernel's documentation."""
     version = _VERSION_NAMES.get(findings.spe_version, "unknown version")
     place = "in a KVM guest" if findings.virtualized else "on bare metal"
     title = f"Errata of the SPE policy {findings.policy}"

@@ -64,8 +64,7 @@ def _pass_probability(scenario: Scenario) -> Floats:
 
 
 def function_shares(scenario: Scenario) -> Floats:
-    """Return float64[D, F]: records of each function an operation of each distribution gives. Rows sum to 1 without
-    filters.
+    """Return float64[D, F]: records by function that an operation of each distribution gives; 1 in all if unfiltered.
     """
     work = scenario.workload
     guest = scenario.guest
@@ -161,9 +160,7 @@ def fidelity(result: Result) -> Fidelity:
 
 
 def _top(true: Floats, seen: Floats) -> tuple[Floats, Floats]:
-    """Largest share error, in percentage points, among the TOP functions of the true profile; and how many of them are
-    seen as top.
-    """
+    """Largest share error, in percentage points, of the truly TOP functions, and how many of them are seen as top."""
     p, q = _normalised(true), _normalised(seen)
     top = min(TOP, true.shape[1])
     first = np.argsort(-p, axis=1, kind="stable")[:, :top]

@@ -65,7 +65,7 @@ OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
     "refused": (_truth("refused"), "sessions that the policy refused before the SPU wrote"),
     "pin_refused": (_vm("pin_refused"), "pages that the memlock limit kept from being pinned"),
     "stale_pins": (_vm("stale_pins"), "pinned pages that the host replaced behind the pin"),
-    "pins_leaked": (_vm("pinned_pages"), "pins that were held when the guest ended"),
+    "pins_leaked": (_vm("pinned_pages"), "pins that KVM still held when the VM was gone"),
     "notifier_ignored": (_vm("notifier_ignored"), "MMU notifier events that the policy's filter ignored"),
 }
 """Name -> (count a lane or a vCPU, what it counts)."""

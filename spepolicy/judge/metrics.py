@@ -230,15 +230,19 @@ _add(
     "pinned_page_s", "page s", "Integral of pinned pages over host time; a replicate.",
     lambda v: v.vm["pinned_page_ps"] * 1e3 / _PS_PER_S,
 )
-_add("memlock_peak_pct", "%",
-"Peak of pinned pages against RLIMIT_MEMLOCK: 100 * peak / limit; not defined without a limit.", _memlock_peak)
+_add(
+    "memlock_peak_pct", "%", "Peak of pinned pages against RLIMIT_MEMLOCK: 100 * peak / limit; undefined without one.",
+    _memlock_peak,
+)
 _add(
     "memlock_refused_pages", "pages", "Pages that could not be pinned because of the memlock limit; a replicate.",
     _count("pin_refused"),
 )
-_add("stale_pin_pages", "pages",
-"Pinned pages that the host replaced behind the pin; a replicate.", _count("stale_pins"))
-_add("pins_left_pages", "pages", "Pins that KVM held when the guest ended; a replicate.", _count("pinned_pages"))
+_add(
+    "stale_pin_pages", "pages", "Pinned pages that the host replaced behind the pin; a replicate.",
+    _count("stale_pins"),
+)
+_add("pins_left_pages", "pages", "Pins that KVM still held when the VM was gone; a replicate.", _count("pinned_pages"))
 
 # ---- host -----------------------------------------------------------------------------------------------------------
 
@@ -313,8 +317,9 @@ class Measured:
 
 
 def measure(result: Result, bare_metal: Result | None) -> Measured:
-    """Compute every metric of *result*, whose lanes have all finished; *bare_metal* may hold other replicates, or be
-    None.
+    """Compute every metric of *result*, whose lanes have all finished.
+
+    *bare_metal* is what excess is measured against: pairs of equal replicates count, and without any it is undefined.
     """
     view = View(result, bare_metal)
     measured = Measured({}, {}, {})

@@ -51,17 +51,13 @@ def check_conservation(result: Result) -> None:
 
 
 def check_profile(result: Result) -> None:
-    """Raise `ConservationError` unless the records by function add up to the records kept, for every vCPU of every
-    finished lane.
-    """
+    """Raise `ConservationError` unless kept = records by function summed, for every vCPU of every finished lane."""
     result = finished_lanes(result)
     _require_sum("profile: kept = sum of seen", result, {"kept": result.truth["kept"], "seen": result.seen.sum(axis=2)})
 
 
 def check_time(result: Result) -> None:
-    """Raise `ConservationError` unless wanted time = active time + blackout by cause, and each cause's blackout is that
-    of its windows.
-    """
+    """Raise `ConservationError` unless wanted = active + blackout, and each cause's blackout is that of its windows."""
     result = finished_lanes(result)
     terms = {name: result.truth[name] for name in ("wanted_ps", "active_ps")}
     terms |= {f"blackout_{cause.name.lower()}_ps": result.blackout_ps[:, :, cause] for cause in LostCause}

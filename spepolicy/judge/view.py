@@ -67,9 +67,7 @@ class View:
 
     @cached_property
     def missed_records(self) -> Floats:
-        """Missed samples that would have become records: times the share of completed samples that passed collision and
-        filters.
-        """
+        """Missed samples times the share of completed samples that became records: passed collision and filters."""
         completed = self.sum("selected") - self.sum("in_flight")
         passed = completed - self.sum("collided") - self.sum("filtered")
         share: Floats = np.where(completed > 0, ratio(passed, completed), 1.0)

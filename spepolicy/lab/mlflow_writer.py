@@ -1,5 +1,4 @@
-"""A process of its own that imports MLflow and writes runs into its store: `Tracker` in `spepolicy.lab.tracking` starts
-it.
+"""A process of its own that imports MLflow and writes runs into its store; `spepolicy.lab.tracking.Tracker` starts it.
 
 MLflow takes two seconds to import and, in a new folder, one more to make its database. Here both happen while the
 simulation runs, and the simulating process never imports MLflow. This file is run by its path and imports nothing of

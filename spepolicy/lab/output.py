@@ -90,9 +90,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def stacked(tables: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
-    """Return *tables*, which have the same columns, one below the other; texts of a column keep their order of
-    appearance.
-    """
+    """Return *tables*, which have the same columns, one below the other."""
     import numpy as np
 
     from spepolicy.judge.tables import Categories

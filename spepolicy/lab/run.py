@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spepolicy.judge.errata import Erratum, Findings, errata_as_json, errata_as_markdown, merge_errata
 from spepolicy.lab import output
-from spepolicy.lab.tracking import Tracked, Tracker, TrackingSettings
+from spepolicy.lab.tracking import Tracked, Tracker, TrackingSettings, without_password
 
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Result
@@ -251,7 +251,7 @@ def _write_files(
     if not verdicts:
         return {}
     files = [output.write_json(run_dir / output.METRICS_FILE, metrics)]
-    files.append(output.write_json(run_dir / output.CONFIG, plan.config))
+    files.append(output.write_json(run_dir / output.CONFIG, _shareable(plan.config)))
     tables = [lane_table(verdict.result, verdict.measured) for verdict in verdicts.values()]
     files.append(output.write_parquet(run_dir / output.LANES, output.stacked(tables)))
     windows = window_table({name: verdict.result for name, verdict in verdicts.items()})
@@ -268,10 +268,16 @@ def _write_files(
     return {path.name: path for path in files}
 
 
+def _shareable(config: dict[str, Any]) -> dict[str, Any]:
+    """*config* without a password in the tracking URI: the file is copied into the store, where others see it."""
+    tracking = config.get("tracking")
+    if not isinstance(tracking, dict) or not isinstance(tracking.get("uri"), str):
+        return config
+    return config | {"tracking": tracking | {"uri": without_password(tracking["uri"])}}
+
+
 def _write_errata(chosen: str, run_dir: Path, verdicts: Mapping[str, Verdict]) -> list[Path]:
-    """`errata.json` has the chosen policy's errata, and the baselines' under "baselines"; `errata.md` the chosen
-    policy's.
-    """
+    """`errata.md` is on the chosen policy; so is `errata.json`, with the baselines' under "baselines"."""
     content: dict[str, Any] = {}
     files = []
     if chosen in verdicts:

@@ -6,10 +6,12 @@ Plain ASCII, at most 110 columns where paths allow it.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spepolicy.judge.blackout import CAUSES
+from spepolicy.lab.tracking import without_password
 
 if TYPE_CHECKING:
     from spepolicy.judge.metrics import Measured
@@ -48,7 +50,8 @@ def summarize(report: Report) -> str:
         lines += [*_errata(report), ""]
     else:
         lines += ["No replicate finished, so there is nothing to compare.", ""]
-    lines += [f"note: {note}" for note in report.notes]
+    for note in report.notes:
+        lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
     lines += _places(report)
     return "\n".join(lines)
 
@@ -105,8 +108,8 @@ def _cause_rows(measured: Mapping[str, Measured]) -> list[tuple[str, str]]:
 def _cell(measured: Measured, metric: str) -> str:
     if metric not in measured.values:
         return "-"
-    value = _number(measured.values[metric])
-    return f"{value} +- {_number(measured.ci95[metric], 2)}" if metric in measured.ci95 else value
+    mean, half = measured.values[metric], measured.ci95.get(metric, 0.0)
+    return f"{_number(mean)} +- {_number(half, 2)}" if half else _number(mean)
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -131,10 +134,12 @@ def _errata(report: Report) -> list[str]:
 
 
 def _places(report: Report) -> list[str]:
+    if not report.files:
+        return ["files: none"]
     names = ", ".join(path.name for path in report.files.values())
     lines = [f"files: {report.run_dir}", f"       {names}"]
     if report.tracked is not None:
         command = report.tracked.ui_command()
-        lines.append(f"mlflow: {command or report.tracked.uri}")
+        lines.append(f"mlflow: {command or without_password(report.tracked.uri)}")
         lines.append(f"        {report.tracked.link()}")
     return lines

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -24,9 +25,8 @@ from urllib.parse import quote, urlsplit
 
 from spepolicy.errors import OutputError
 
-__all__ = ["RunRecord", "Tracked", "Tracker", "TrackingSettings", "flat_params"]
+__all__ = ["RunRecord", "Tracked", "Tracker", "TrackingSettings", "flat_params", "without_password"]
 
-KINDS = ("mlflow", "none")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = ("http", "https", "databricks")
 ANSWER_TIMEOUT_S = 180.0
@@ -70,23 +70,26 @@ class Tracked:
         """Return the command that shows the store, None if it is a server that shows itself."""
         if urlsplit(self.uri).scheme.split("+")[0] in SERVERS:
             return None
-        return "mlflow ui" if self._is_default() else f"mlflow ui --backend-store-uri '{self.uri}'"
+        return "mlflow ui" if self._is_default() else f"mlflow ui --backend-store-uri '{without_password(self.uri)}'"
 
     def _is_default(self) -> bool:
-        """True if `mlflow ui` finds the store by itself: it prefers an old file store in ./mlruns, which has meta.yaml
-        files.
-        """
+        """True if `mlflow ui` finds the store by itself. It prefers an old file store in ./mlruns: meta.yaml files."""
         here = Path.cwd()
         return self.uri == f"sqlite:///{here / 'mlflow.db'}" and not any(here.glob("mlruns/[0-9]*/meta.yaml"))
 
     def link(self) -> str:
         """Return the address, in a UI at MLflow's default port or on the server itself, that compares the runs."""
-        base = self.uri.rstrip("/") if urlsplit(self.uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
+        base = without_password(self.uri).rstrip("/") if urlsplit(self.uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
         experiments = quote(json.dumps([self.experiment_id], separators=(",", ":")))
         if len(self.run_ids) == 1:
             return f"{base}/#/experiments/{self.experiment_id}/runs/{self.run_ids[0]}"
         runs = quote(json.dumps(list(self.run_ids), separators=(",", ":")))
         return f"{base}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+def without_password(uri: str) -> str:
+    """Return *uri* with *** for a password in it: messages and files are read by others."""
+    return re.sub(r"(://[^/@:]*:)[^/@]*@", r"\1***@", uri)
 
 
 def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -104,16 +107,15 @@ def flat_params(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def store_uri(settings: TrackingSettings) -> tuple[str, str]:
-    """Return (URI with an absolute path, folder of the store) for *settings*, or raise `OutputError` with what is
-    wrong.
-    """
+    """Return (URI with an absolute path, folder of the store); raise `OutputError` for a URI that cannot be one."""
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     where = "tracking.uri" if settings.uri or "MLFLOW_TRACKING_URI" not in os.environ else "MLFLOW_TRACKING_URI"
+    shown = without_password(uri)
     scheme, separator, rest = uri.partition("://")
     kind = scheme.split("+")[0]
     if uri != "databricks" and (not separator or kind not in (*DATABASES, *SERVERS)):
         raise OutputError(
-            f"tracking store '{uri}' (from {where}) cannot be used. It must be the URI of a database "
+            f"tracking store '{shown}' (from {where}) cannot be used. It must be the URI of a database "
             f"({', '.join(DATABASES)}) or of a server ({', '.join(SERVERS)}); MLflow no longer writes plain folders. "
             "Use for example tracking.uri=sqlite:///mlflow.db, or tracking=none."
         )
@@ -122,7 +124,7 @@ def store_uri(settings: TrackingSettings) -> tuple[str, str]:
     path = Path(rest.removeprefix("/").partition("?")[0])
     if not rest.startswith("/") or path.name in ("", ":memory:"):
         raise OutputError(
-            f"tracking store '{uri}' (from {where}) names no file. It must be sqlite:///relative/file.db or "
+            f"tracking store '{shown}' (from {where}) names no file. It must be sqlite:///relative/file.db or "
             "sqlite:////absolute/file.db: a database in memory would be gone when the run ends. Give a file, "
             "or use tracking=none."
         )
@@ -130,7 +132,7 @@ def store_uri(settings: TrackingSettings) -> tuple[str, str]:
     unusable = _why_not_writable(path)
     if unusable:
         raise OutputError(
-            f"tracking store '{uri}' (from {where}) cannot be written: {unusable}. The database and the folder it is "
+            f"tracking store '{shown}' (from {where}) cannot be written: {unusable}. The database and the folder it is "
             "in must be writable. Choose another one with tracking.uri=sqlite:///..., or tracking=none."
         )
     query = rest.partition("?")[2]
@@ -179,9 +181,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the writer end. It may still be making its database, which must not be cut short, so nobody waits for
-        it.
-        """
+        """Let the writer end by itself: it may still be making its database, which must not be cut short."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -247,7 +247,7 @@ class Tracker:
     def _failed(self, reason: str) -> OutputError:
         reason = " ".join(reason.split())
         return OutputError(
-            f"tracking store '{self._uri}' cannot be used: {reason[:600].rstrip('.')}. It must be a store that the "
-            "installed MLflow can open and write. Correct tracking.uri or tracking.experiment, or run with "
-            "tracking=none."
+            f"tracking store '{without_password(self._uri)}' cannot be used: {reason[:600].rstrip('.')}. It must be a "
+            "store that the installed MLflow can open and write. Correct tracking.uri or tracking.experiment, or run "
+            "with tracking=none."
         )

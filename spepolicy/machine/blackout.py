@@ -8,8 +8,6 @@ the time counts as blackout of that event's cause, for it is what the user misse
 
 from __future__ import annotations
 
-import numpy as np
-
 from spepolicy.jit import jit
 from spepolicy.machine.rows import (
     blackout_ps,
@@ -76,4 +74,4 @@ def close_window(m: Machine, i: int, k: int) -> None:
     """Profiling is no longer wanted: a blackout that is open ends here."""
     v = vcpu_row(m, i, k)
     if v.window_open != 0:
-        _log_window(m, i, k, np.int64(v.now_ps))
+        _log_window(m, i, k, v.now_ps)

@@ -105,7 +105,9 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
 
 
 def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
-    """Allocate a machine for *lanes* lanes. `reset` makes it ready; it can be used for one set of replicates after the other."""
+    """Allocate a machine for *lanes* lanes. `reset` makes it ready; it can be used for one set of replicates after the
+    other.
+    """
     vcpus, workload = scenario.guest.vcpus, scenario.workload
     functions, distributions = len(workload.function_names), len(workload.op_ps)
     _, pool_pages = _table_pages(scenario)
@@ -116,26 +118,48 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
         return np.zeros((lanes, *shape), dtype=dtype)
 
     m = Machine(
-        par=lane_array(dtype=PARAMS), vm=lane_array(dtype=VM),
-        vcpu=lane_array(vcpus, dtype=VCPU), truth=lane_array(vcpus, dtype=TRUTH),
+        par=lane_array(dtype=PARAMS),
+        vm=lane_array(dtype=VM),
+        vcpu=lane_array(vcpus, dtype=VCPU),
+        truth=lane_array(vcpus, dtype=TRUTH),
         window=lane_array(WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
-        lost=lane_array(vcpus, LOST_CAUSES), blackout_ps=lane_array(vcpus, LOST_CAUSES),
-        claims=lane_array(6, 6), host_ops=lane_array(16), exposure_ps=lane_array(vcpus, distributions),
-        seen=lane_array(vcpus, functions), unseen=lane_array(vcpus, functions),
+        lost=lane_array(vcpus, LOST_CAUSES),
+        blackout_ps=lane_array(vcpus, LOST_CAUSES),
+        claims=lane_array(6, 6),
+        host_ops=lane_array(16),
+        exposure_ps=lane_array(vcpus, distributions),
+        seen=lane_array(vcpus, functions),
+        unseen=lane_array(vcpus, functions),
         tlb=lane_array(vcpus, scenario.cpu.tlb_entries, 4),
         pins=lane_array(vcpus, 2, scenario.guest.buffer_pages + 64, dtype=np.int32),
-        pool=lane_array(pool_pages, 512), pool_refs=lane_array(pool_pages, dtype=np.int32),
-        frame_key=lane_array(hash_size), frame_slot=lane_array(hash_size, dtype=np.int32),
+        pool=lane_array(pool_pages, 512),
+        pool_refs=lane_array(pool_pages, dtype=np.int32),
+        frame_key=lane_array(hash_size),
+        frame_slot=lane_array(hash_size, dtype=np.int32),
         host_page=lane_array(scenario.guest.ram_pages),
-        op_ps=workload.op_ps, alias_threshold=workload.alias_threshold, alias_outcome=workload.alias_outcome,
-        outcome_function=workload.outcome_function, outcome_type=workload.outcome_type,
-        outcome_events=workload.outcome_events, outcome_latency=workload.outcome_latency_cycles,
+        op_ps=workload.op_ps,
+        alias_threshold=workload.alias_threshold,
+        alias_outcome=workload.alias_outcome,
+        outcome_function=workload.outcome_function,
+        outcome_type=workload.outcome_type,
+        outcome_events=workload.outcome_events,
+        outcome_latency=workload.outcome_latency_cycles,
         outcome_spread=workload.outcome_spread_cycles,
-        phase=np.stack([
-            workload.phase_user, workload.phase_kernel, workload.phase_ps, workload.syscall_gap_ps, workload.syscall_ps,
-        ], axis=1).astype(np.int64),
+        phase=np.stack(
+            [
+                workload.phase_user,
+                workload.phase_kernel,
+                workload.phase_ps,
+                workload.syscall_gap_ps,
+                workload.syscall_ps,
+            ],
+            axis=1,
+        ).astype(np.int64),
         roles=np.array([workload.other_user, workload.other_kernel, workload.driver], dtype=np.int64),
-        rec_ps=rec_ps, rec_first=rec_first, rec_end=rec_end, rec_op=rec_op,
+        rec_ps=rec_ps,
+        rec_first=rec_first,
+        rec_end=rec_end,
+        rec_op=rec_op,
         random_op=np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
         exponential=exponential_table(),
     )
@@ -144,7 +168,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
     return m
 
 
-def reset(m: Machine, scenario: Scenario, replicates: Sequence[int]) -> None:
+def reset(m: Machine, scenario: Scenario, replicates: Sequence[int] | NDArray[np.int64]) -> None:
     """Give the first len(replicates) lanes of *m* their initial state; `lane.start_lanes` then lays out their memory.
 
     The page tables are not cleared: laying out writes every word of them that is read before.
@@ -167,7 +191,9 @@ def reset(m: Machine, scenario: Scenario, replicates: Sequence[int]) -> None:
 
 
 def bytes_per_lane(m: Machine) -> dict[str, int]:
-    """Return the bytes of a lane: "page_tables" (guest stage 1, KVM stage 2, the VMM's), and "other", all else that grows with lanes."""
+    """Return the bytes of a lane: "page_tables" (guest stage 1, KVM stage 2, the VMM's), and "other", all else that
+    grows with lanes.
+    """
     lanes = len(m.par)
     own = Machine._fields[: Machine._fields.index("host_page") + 1]
     sizes = {name: getattr(m, name).nbytes // lanes for name in own}

@@ -1,8 +1,9 @@
 """Random draws without floating point: a counter-based hash and an exponential table.
 
-A draw is a pure function of (key, counter). Keys are hashes of (seed, replicate, stream), so nothing that happens in one lane,
-stream or batch can move the draws of another. Logarithms of floating point differ between processors in the last bit; the
-exponential table is therefore made with decimal arithmetic, which is exact by definition, and read with integers.
+A draw is a pure function of (key, counter). Keys are hashes of (seed, replicate, stream), so nothing that happens in
+one lane, stream or batch can move the draws of another. Logarithms of floating point differ between processors in the
+last bit; the exponential table is therefore made with decimal arithmetic, which is exact by definition, and read with
+integers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import jit
+from spepolicy.jit import jit, widen
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -29,22 +30,24 @@ EXPONENTIAL_SHIFT = 20  # the table holds -ln(u) times 2**20
 
 @jit
 def draw(key: int, counter: int) -> int:
-    """Return 63 random bits for (key, counter): SplitMix64 (Steele, Lea, Flood 2014) at position *counter* of stream *key*."""
+    """Return 63 random bits for (key, counter): SplitMix64 (Steele, Lea, Flood 2014) at position *counter* of stream
+    *key*.
+    """
     x = np.uint64(key) + np.uint64(counter) * _GAMMA
     x = (x ^ (x >> _S30)) * _MIX1
     x = (x ^ (x >> _S27)) * _MIX2
     x = x ^ (x >> _S31)
-    return np.int64(x >> _S1)
+    return widen(x >> _S1)
 
 
 @jit
 def scaled_exponential(table: NDArray[np.int64], bits: int, mean: int) -> int:
     """Return an exponential draw with the given mean (>= 0, below 2**42) from 63 random bits.
 
-    The low 10 bits choose a slice of the distribution, which the table replaces by its conditional mean; the last slice is the tail,
-    which by the lack of memory is ln(1024) plus a fresh draw from the next 10 bits.
+    The low 10 bits choose a slice of the distribution, which the table replaces by its conditional mean; the last slice
+    is the tail, which by the lack of memory is ln(1024) plus a fresh draw from the next 10 bits.
     """
-    total = np.int64(0)
+    total = 0
     for _ in range(5):
         index = bits & 1023
         if index != 0:
@@ -60,7 +63,8 @@ def scaled_exponential(table: NDArray[np.int64], bits: int, mean: int) -> int:
 
 @cache
 def exponential_table() -> NDArray[np.int64]:
-    """Return int64[1024]: entry i > 0 is the mean of -ln(u) for u in [i, i+1)/1024, entry 0 is ln(1024), times 2**20."""
+    """Return int64[1024]: entry i > 0 is the mean of -ln(u) for u in [i, i+1)/1024, entry 0 is ln(1024), times 2**20.
+    """
     with localcontext() as context:
         context.prec = 30
         n = Decimal(1 << EXPONENTIAL_BITS)

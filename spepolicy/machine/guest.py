@@ -1,14 +1,12 @@
 """The guest's program: phases, system calls, context switches, and how the SPE driver's code is woven into them.
 
-The program's own timeline advances only while the program executes, so interrupts and driver code delay it but never change it:
-two policies at one seed see the same program.
+The program's own timeline advances only while the program executes, so interrupts and driver code delay it but never
+change it: two policies at one seed see the same program.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S, PMSCR_E1SPE
 from spepolicy.jit import jit
@@ -197,24 +195,28 @@ def interrupt_for_restart(m: Machine, i: int, k: int) -> None:
 
 @jit
 def _enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
-    """Return the hook for a write that may have enabled the buffer or profiling, if KVM sees the write and the policy listens."""
+    """Return the hook for a write that may have enabled the buffer or profiling, if KVM sees the write and the policy
+    listens.
+    """
     par = params(m, i)
     v = vcpu_row(m, i, k)
     sees = par.trap_pms if by_pms else par.trap_pmb
     if par.virtualized == 0 or sees == 0 or v.pmblimitr & PMBLIMITR_E == 0 or v.pmbsr & PMBSR_S != 0:
-        return np.int64(_NONE)
+        return _NONE
     profiling = _NONE
     if v.pmscr & PMSCR_E1SPE != 0 and (par.hooks >> _PROFILING_ENABLED) & 1 != 0:
         profiling = _PROFILING_ENABLED
     if not by_pms and (par.hooks >> _BUFFER_ENABLED) & 1 != 0:
         v.hook_next = profiling
-        return np.int64(_BUFFER_ENABLED)
-    return np.int64(profiling)
+        return _BUFFER_ENABLED
+    return profiling
 
 
 @jit
 def segment_end(m: Machine, i: int, k: int) -> int:
-    """The segment that the vCPU executed is over: do what comes at its end, begin the next. Return the hook to call, or NONE."""
+    """The segment that the vCPU executed is over: do what comes at its end, begin the next. Return the hook to call, or
+    NONE.
+    """
     par = params(m, i)
     v = vcpu_row(m, i, k)
     segment = v.segment
@@ -227,7 +229,7 @@ def segment_end(m: Machine, i: int, k: int) -> int:
         if v.now_ps >= v.renew_next_ps and v.task == 0 and v.event_active != 0:
             return _renew(m, i, k)
         _next_program_segment(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     if segment == _START:
         output_begin(m, i, k)
         if v.pmblimitr & PMBLIMITR_E != 0:
@@ -235,7 +237,7 @@ def segment_end(m: Machine, i: int, k: int) -> int:
             return _enabled_hooks(m, i, k, False)
         v.wanted = 1
         _resume_program(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     if segment == _START_SAMPLING:
         start_sampling(m, i, k)
         v.wanted = 1
@@ -246,12 +248,12 @@ def segment_end(m: Machine, i: int, k: int) -> int:
     if segment == _IRQ_ENTRY:
         enabled = handle_interrupt(m, i, k)
         _driver_code(m, v, _IRQ_HANDLER, par.irq_handler_ps)
-        return _enabled_hooks(m, i, k, False) if enabled else np.int64(_NONE)
+        return _enabled_hooks(m, i, k, False) if enabled else _NONE
     if v.restart != 0 and v.resume_segment >= 0 and (v.task == 0 or par.session == 1):
         _begin_restart(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     _resume_program(m, i, k)
-    return np.int64(_NONE)
+    return _NONE
 
 
 @jit
@@ -261,7 +263,7 @@ def _renew(m: Machine, i: int, k: int) -> int:
     v.renew_next_ps = v.now_ps + _program_draw(m, v, par.renew_ps)
     v.renew_due = 1
     _leave_task(m, i, k)
-    return np.int64(_NONE)
+    return _NONE
 
 
 @jit
@@ -286,8 +288,8 @@ def _stopped(m: Machine, i: int, k: int) -> int:
     elif not _switch(m, i, k):
         _next_program_segment(m, i, k)
     if was_enabled and par.trap_pmb != 0 and (par.hooks >> _BUFFER_DISABLED) & 1 != 0:
-        return np.int64(_BUFFER_DISABLED)
-    return np.int64(_NONE)
+        return _BUFFER_DISABLED
+    return _NONE
 
 
 @jit

@@ -1,11 +1,12 @@
-"""The host's memory management: what each operation does to a page of the guest, its stage 2 entry, and KVM's pin on it.
+"""The host's memory management: what each operation does to a page of the guest, its stage 2 entry, and KVM's pin on
+it.
 
 The table `EFFECT` is what a real Linux 6.1 did to private anonymous 4 KiB pages, unpinned and pinned with FOLL_LONGTERM
-(measured: kvm_real/pin_table, short_6.1.md, columns U and P). Its main message: FOLL_PIN keeps the *page*, not KVM's stage 2
-mapping, because MMU notifiers fire by range before anybody looks at the pin count.
+(measured: kvm_real/pin_table, short_6.1.md, columns U and P). Its main message: FOLL_PIN keeps the *page*, not KVM's
+stage 2 mapping, because MMU notifiers fire by range before anybody looks at the pin count.
 
-The VMM's page table is one word a guest page, `Machine.host_page`: frame, state, pins (what the host knows), and why stage 2 lost
-the page and what the guest uses it for (what only the judge may know).
+The VMM's page table is one word a guest page, `Machine.host_page`: frame, state, pins (what the host knows), and why
+stage 2 lost the page and what the guest uses it for (what only the judge may know).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spepolicy.jit import jit
+from spepolicy.jit import jit, widen
 from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.rows import (
@@ -97,7 +98,9 @@ EFFECT = np.array(_effects(), dtype=np.int64)  # [HostOp, pinned]
 
 
 def _events() -> tuple[int, ...]:
-    """Return the mmu_notifier_event number by HostOp (kvm_real README: 0 UNMAP 1 CLEAR 2 PROTECTION_VMA 3 PROTECTION_PAGE 4 SOFT_DIRTY)."""
+    """Return the mmu_notifier_event number by HostOp (kvm_real README: 0 UNMAP 1 CLEAR 2 PROTECTION_VMA 3
+    PROTECTION_PAGE 4 SOFT_DIRTY).
+    """
     events = {HostOp.NUMA_SCAN: 2, HostOp.MPROTECT: 2, HostOp.FORK: 3, HostOp.SOFT_DIRTY: 4, HostOp.MUNMAP: 0}
     return tuple(events.get(HostOp(op), 1) for op in range(16))
 
@@ -134,18 +137,20 @@ def _set_frame(m: Machine, i: int, page: int, word: int, frame: int, carry: int)
 @jit
 def _fresh_frame(vm: Any) -> int:
     vm.next_frame += 1
-    return np.int64(vm.next_frame)
+    return vm.next_frame
 
 
 @jit
 def resident(m: Machine, i: int, page: int, write: int) -> int:
-    """Make the VMM's page usable for a stage 2 mapping or a pin (get_user_pages). Return the cost in ps, or -1 if there is no VMA."""
+    """Make the VMM's page usable for a stage 2 mapping or a pin (get_user_pages). Return the cost in ps, or -1 if there
+    is no VMA.
+    """
     vm = vm_row(m, i)
     par = params(m, i)
     word = host_page(m, i)[page]
     if word & HOLE != 0:
-        return np.int64(-1)
-    cost = np.int64(0)
+        return -1
+    cost = 0
     if word & PRESENT == 0:
         word = _set_frame(m, i, page, word, _fresh_frame(vm), 1) | PRESENT
         cost += par.swap_in_ps
@@ -158,7 +163,9 @@ def resident(m: Machine, i: int, page: int, write: int) -> int:
 
 @jit
 def map_page(m: Machine, i: int, page: int, write: int) -> int:
-    """Fault *page* in and map it at stage 2, as user_mem_abort does. Return the cost in ps of the host's part, or -1 if there is no page."""
+    """Fault *page* in and map it at stage 2, as user_mem_abort does. Return the cost in ps of the host's part, or -1 if
+    there is no page.
+    """
     swapped = host_page(m, i)[page] & PRESENT == 0
     cost = resident(m, i, page, write)
     if cost < 0:
@@ -184,21 +191,19 @@ def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
     """The guest's CPU accesses *page*: an ordinary stage 2 fault if it is not mapped. Return 1 if it was one."""
     vm = vm_row(m, i)
     par = params(m, i)
-    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12
-    )
+    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12)
     if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and (write == 0 or pool(m, i)[slot, entry] & S2_WRITE != 0):
         pool(m, i)[slot, entry] |= AF  # hardware access flag of the CPU, VTCR_EL2.HA
-        return np.int64(0)
+        return 0
     map_page(m, i, page, write)
-    return np.int64(1)
+    return 1
 
 
 @jit
 def _edit_leaf(m: Machine, i: int, page: int, clear: int) -> None:
     vm = vm_row(m, i)
     par = params(m, i)
-    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12
-    )
+    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12)
     if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0:
         pool(m, i)[slot, entry] &= ~clear
         invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
@@ -215,7 +220,8 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
         return
     effect = EFFECT[op, 1 if word & PIN_MASK != 0 else 0]
     if effect & (SHARE | REPLACE | LOSE) != 0 and role >= ROLE_TABLE:
-        return  # a live translation table is not identical to another page, and no VMM discards a page that the guest uses so
+        # a live translation table is not identical to another page, and no VMM discards a page that the guest uses so
+        return
     if effect & AGE != 0:
         _edit_leaf(m, i, page, AF)
     if effect & WRITE_PROTECT != 0:
@@ -238,14 +244,15 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
 
 @jit
 def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
-    """Do what operate_on_page does for an operation that only unmaps, over many pages: a NUMA scan takes the whole VM."""
+    """Do what operate_on_page does for an operation that only unmaps, over many pages: a NUMA scan takes the whole VM.
+    """
     vm = vm_row(m, i)
     par = params(m, i)
     words = host_page(m, i)
     tables = pool(m, i)
     refs = pool_refs(m, i)
     ignores = (par.notifier_filter >> EVENT[op]) & 1 != 0
-    slot = np.int64(-1)
+    slot = -1
     for page in range(first, last):
         ipa = (par.ram_page0 + page) << 12
         if page == first or ipa & 0x1F_FFFF == 0:
@@ -262,7 +269,7 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
             vm.stage2_unmapped += 1
             if refs[slot] == 1:
                 unmap_stage2(vm, tables, refs, ipa)  # the last entry: frees the table
-                slot = np.int64(-1)
+                slot = -1
             else:
                 tables[slot, (ipa >> 12) & 511] = 0
                 refs[slot] -= 1
@@ -293,7 +300,7 @@ def _change_backing(m: Machine, i: int, page: int, word: int, effect: int) -> in
         word = _set_frame(m, i, page, word, _fresh_frame(vm), 0)
     if effect & LOSE != 0:
         word = (word | HOLE) & ~PRESENT
-    return np.int64(word)
+    return word
 
 
 @jit
@@ -301,7 +308,7 @@ def host_event(m: Machine, i: int) -> None:
     """Apply the host event that is due in lane *i* and schedule the next one."""
     vm = vm_row(m, i)
     par = params(m, i)
-    write = np.int64(0)
+    write = 0
     if par.host_kind == 1:
         op = random_op(m)[vm.host_index, 0]
         length = random_op(m)[vm.host_index, 2]
@@ -312,10 +319,10 @@ def host_event(m: Machine, i: int) -> None:
         last = min(first + length, par.ram_pages)
     else:
         n = vm.host_index
-        op = np.int64(rec_op(m)[n]) & 0x7F
-        write = np.int64(rec_op(m)[n]) >> 7
-        first = np.int64(rec_first(m)[n])
-        last = np.int64(rec_end(m)[n])
+        op = (rec_op(m)[n]) & 0x7F
+        write = (rec_op(m)[n]) >> 7
+        first = widen(rec_first(m)[n])
+        last = widen(rec_end(m)[n])
     vm.host_events += 1
     host_ops(m, i)[op] += 1
     if op == _CPU_TOUCH:
@@ -340,7 +347,7 @@ def schedule_host(m: Machine, i: int) -> None:
         vm.host_next_ps = NEVER
     elif par.host_kind == 1:
         # Competing exponential clocks: the memoryless draw of each is repeated after every event.
-        best = NEVER
+        best = widen(NEVER)
         for r in range(random_op(m).shape[0]):
             wait = scaled_exponential(exponential(m), draw(vm.key_host, vm.host_draws), random_op(m)[r, 1])
             vm.host_draws += 1
@@ -351,7 +358,7 @@ def schedule_host(m: Machine, i: int) -> None:
     else:
         before = rec_ps(m)[vm.host_index]
         vm.host_index += 1
-        gap = np.int64(0)
+        gap = 0
         if vm.host_index == rec_ps(m).shape[0]:
             vm.host_index = 0
             vm.host_round += 1

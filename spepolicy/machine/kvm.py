@@ -1,19 +1,18 @@
 """KVM apart from the policy: traps, world switches, the buffer management interrupt, and injection.
 
-Host time is charged to the vCPU's `host_ps`; the guest does not execute meanwhile, so nothing of its program is missed then.
+Host time is charged to the vCPU's `host_ps`; the guest does not execute meanwhile, so nothing of its program is missed
+then.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from spepolicy.arch.registers import EC_STAGE2, PMBLIMITR_E, PMBSR_EC_MASK, PMBSR_EC_SHIFT, PMBSR_S
 from spepolicy.jit import jit
 from spepolicy.machine.draw import draw, scaled_exponential
-from spepolicy.machine.spu import drain
 from spepolicy.machine.rows import exponential, params, truth_row, vcpu_row
+from spepolicy.machine.spu import drain
 from spepolicy.machine.state import NEVER, Hook, Machine
 
 _STAGE2_FAULT = int(Hook.STAGE2_FAULT)
@@ -43,7 +42,7 @@ def look_at_event(m: Machine, i: int, k: int) -> int:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     if v.pmbsr & PMBSR_S == 0 or v.event_seen != 0:
-        return np.int64(_NONE)
+        return _NONE
     v.event_seen = 1
     v.irq_ps = NEVER
     v.host_ps += par.event_ps
@@ -51,9 +50,9 @@ def look_at_event(m: Machine, i: int, k: int) -> int:
     if (v.pmbsr & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_STAGE2 and (par.hooks >> _STAGE2_FAULT) & 1 != 0:
         v.answered = 0
         v.claim = -1
-        return np.int64(_STAGE2_FAULT)
+        return _STAGE2_FAULT
     inject(m, i, k, v.pmbsr)
-    return np.int64(_NONE)
+    return _NONE
 
 
 @jit
@@ -81,9 +80,9 @@ def take_interrupt(m: Machine, i: int, k: int) -> int:
     if par.virtualized == 0:
         v.event_seen = 1
         v.virq = 1
-        return np.int64(_NONE)
+        return _NONE
     if par.next_exit_only != 0:
-        return np.int64(_NONE)
+        return _NONE
     v.host_ps += par.exit_ps + par.spe_switch_ps
     tr.event_total_ps += par.exit_ps + par.spe_switch_ps
     return look_at_event(m, i, k)
@@ -91,12 +90,13 @@ def take_interrupt(m: Machine, i: int, k: int) -> int:
 
 @jit
 def ordinary_exit(m: Machine, i: int, k: int, preempted: bool) -> int:
-    """An exit that SPE is not the reason of, or a preemption; with SPE in the guest each drains and switches its state."""
+    """An exit that SPE is not the reason of, or a preemption; with SPE in the guest each drains and switches its state.
+    """
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     drain(m, i, k)
-    cost = np.int64(par.exit_ps)
+    cost = par.exit_ps
     if preempted:
         cost += scaled_exponential(exponential(m), draw(v.key_kvm, v.kvm_draws), par.preempt_ps)
         v.kvm_draws += 1

@@ -1,8 +1,8 @@
 """The event loop of one lane: vCPUs and host in the order of host time, up to the next point that needs the policy.
 
 Each vCPU has its own guest time, which stands still while KVM or another task of the host has the core; guest time plus
-`host_ps` is host time, in which the vCPUs of a lane and its host share their events. The SPU is brought up to a point in
-time before anything else happens there, since it reads tables that others edit.
+`host_ps` is host time, in which the vCPUs of a lane and its host share their events. The SPU is brought up to a point
+in time before anything else happens there, since it reads tables that others edit.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import entry, jit
+from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.blackout import account
 from spepolicy.machine.guest import boot, end_of_run, interrupt_for_restart, segment_end, take_virq
 from spepolicy.machine.host import host_event, schedule_host
 from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
 from spepolicy.machine.layout import build_memory
 from spepolicy.machine.linux_spe import read_ring
-from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
 from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
+from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
 from spepolicy.machine.state import NEVER, WINDOW_LOG, Hook, Machine, Segment
 
 _KERNEL = int(Segment.KERNEL)
@@ -34,11 +34,11 @@ def _next_time(m: Machine, i: int, k: int) -> int:
     """Return the guest time of vCPU *k*'s next event."""
     v = vcpu_row(m, i, k)
     if v.segment == _DONE:
-        return np.int64(NEVER)
+        return widen(NEVER)
     t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
     if v.virq != 0 and v.segment <= _KERNEL:
         t = v.now_ps
-    return np.int64(t)
+    return t
 
 
 @jit
@@ -68,10 +68,10 @@ def _step(m: Machine, i: int, k: int, t: int) -> int:
     v = vcpu_row(m, i, k)
     if v.virq != 0 and v.segment <= _KERNEL:
         take_virq(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     if t == par.duration_ps:
         end_of_run(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     if t == v.irq_ps:
         return take_interrupt(m, i, k)
     if t == v.segment_end_ps:
@@ -80,13 +80,15 @@ def _step(m: Machine, i: int, k: int, t: int) -> int:
         read_ring(m, i, k)
         if v.restart != 0 and v.segment <= _KERNEL and (v.task == 0 or par.session == 1):
             interrupt_for_restart(m, i, k)
-        return np.int64(_NONE)
+        return _NONE
     return ordinary_exit(m, i, k, t == v.preempt_next_ps)
 
 
 @jit
 def _sync(m: Machine, i: int, host_ps: int) -> bool:
-    """Bring every vCPU up to *host_ps* of host time. Return False if an SPU stopped before, so that its event may come first."""
+    """Bring every vCPU up to *host_ps* of host time. Return False if an SPU stopped before, so that its event may come
+    first.
+    """
     whole = True
     for k in range(params(m, i).vcpus):
         v = vcpu_row(m, i, k)
@@ -119,8 +121,8 @@ def run_lane(m: Machine, i: int) -> None:
         if vm.window_count > WINDOW_LOG - 2 * par.vcpus - 2:
             _wait(m, i, _LOG_FULL, 0)
             return
-        first = np.int64(-1)
-        first_host = np.int64(NEVER)
+        first = widen(-1)
+        first_host = widen(NEVER)
         for k in range(par.vcpus):
             v = vcpu_row(m, i, k)
             if v.hook_next != 0:
@@ -131,7 +133,7 @@ def run_lane(m: Machine, i: int) -> None:
             t = _next_time(m, i, k)
             if t < NEVER and t + v.host_ps < first_host:
                 first_host = t + v.host_ps
-                first = np.int64(k)
+                first = k
         if first < 0:
             vm.finished = 1
             if (par.hooks >> _VM_DESTROYED) & 1 != 0 and vm.started == 1:

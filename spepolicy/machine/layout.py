@@ -1,14 +1,12 @@
 """A lane's memory at the start: guest RAM, scattered AUX pages, stage 1 tables that reach them, KVM's stage 2 tables.
 
-Guest pages are handed out in the order of a bijection of [0, ram_pages): stage 1 tables first, then the AUX pages of each vCPU.
-So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it.
+Guest pages are handed out in the order of a bijection of [0, ram_pages): stage 1 tables first, then the AUX pages of
+each vCPU. So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from spepolicy.jit import jit
 from spepolicy.machine.host import (
@@ -46,11 +44,13 @@ BUFFER_WINDOW_SHIFT = 27
 
 @jit
 def scatter(par: Any, index: int) -> int:
-    """Return the guest page that comes at *index* of the allocation order: a bijection of [0, ram_pages), a power of two."""
+    """Return the guest page that comes at *index* of the allocation order: a bijection of [0, ram_pages), a power of
+    two.
+    """
     mask = par.ram_pages - 1
     x = (index * par.scatter_a) & mask
     x ^= x >> 7
-    return np.int64((x * par.scatter_b + par.scatter_c) & mask)
+    return (x * par.scatter_b + par.scatter_c) & mask
 
 
 @jit

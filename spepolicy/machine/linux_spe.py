@@ -1,15 +1,14 @@
-"""The guest's SPE driver and perf's AUX ring, as in Linux 6.18 drivers/perf/arm_spe_pmu.c and kernel/events/ring_buffer.c.
+"""The guest's SPE driver and perf's AUX ring, as in Linux 6.18 drivers/perf/arm_spe_pmu.c and
+kernel/events/ring_buffer.c.
 
-Section 3 of spe.md gives the arithmetic and the interrupt handler's table. Positions in the ring are byte counts since it was
-opened (`aux_head`, `aux_tail`); the offset into the buffer is the position modulo its size. A register access that traps is
-charged by `kvm.access`.
+Section 3 of spe.md gives the arithmetic and the interrupt handler's table. Positions in the ring are byte counts since
+it was opened (`aux_head`, `aux_tail`); the offset into the buffer is the position modulo its size. A register access
+that traps is charged by `kvm.access`.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from spepolicy.arch.registers import (
     BSC_FULL,
@@ -32,7 +31,6 @@ from spepolicy.jit import jit
 from spepolicy.machine.host import ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
 from spepolicy.machine.kvm import access
 from spepolicy.machine.layout import guest_page
-from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.rows import (
     frame_key,
     frame_slot,
@@ -46,6 +44,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.mmu.tables import S1_LEAF, stage1_leaf
 from spepolicy.mmu.walker import OA_MASK
@@ -89,8 +88,8 @@ def output_end(m: Machine, i: int, k: int, size: int) -> None:
 def settle_records(m: Machine, i: int, k: int, discard: bool) -> None:
     """Decide what becomes of the records written since the handle was opened.
 
-    With DL=1 and records of variable size nobody can find the last whole record, and records need not be written in order, so
-    all of them are thrown away (kvm.md 2.0 fact 3); fixed-size records end where the last whole one ends.
+    With DL=1 and records of variable size nobody can find the last whole record, and records need not be written in
+    order, so all of them are thrown away (kvm.md 2.0 fact 3); fixed-size records end where the last whole one ends.
     """
     tr = truth_row(m, i, k)
     for f in range(seen(m, i, k).shape[0]):
@@ -119,7 +118,8 @@ def _skip(m: Machine, i: int, k: int, size: int) -> None:
 
 @jit
 def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
-    """Return the end of the next writable stretch as a buffer offset, or 0 if there is none (spe.md 3.2, steps 1 to 4)."""
+    """Return the end of the next writable stretch as a buffer offset, or 0 if there is none (spe.md 3.2, steps 1 to 4).
+    """
     par = params(m, i)
     v = vcpu_row(m, i, k)
     size = par.buffer_pages << 12
@@ -131,7 +131,7 @@ def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
         _skip(m, i, k, pad)
         free -= pad
     if free == 0:
-        return np.int64(0)
+        return 0
     head = v.aux_head & mask
     tail = (v.aux_head + free) & mask
     limit = size
@@ -141,9 +141,9 @@ def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
     if wakeup < v.aux_head + free and head <= wakeup & mask:
         limit = min(limit, ((wakeup & mask) + 0xFFF) & ~0xFFF)
     if limit > head:
-        return np.int64(limit)
+        return limit
     _skip(m, i, k, free)
-    return np.int64(0)
+    return 0
 
 
 @jit
@@ -224,7 +224,9 @@ def stop_sampling(m: Machine, i: int, k: int) -> None:
 
 @jit
 def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
-    """arm_spe_pmu_buf_get_fault_act() and output_end(): close the handle. Return True if the event was anything but buffer full."""
+    """arm_spe_pmu_buf_get_fault_act() and output_end(): close the handle. Return True if the event was anything but
+    buffer full.
+    """
     v = vcpu_row(m, i, k)
     if syndrome & PMBSR_DL != 0:
         v.aux_flags |= TRUNCATED | PARTIAL
@@ -261,7 +263,7 @@ def visible_syndrome(par: Any, v: Any) -> int:
     """Return what the guest reads from PMBSR_EL1: KVM's view of it where the access traps, else the register."""
     if par.virtualized != 0 and par.trap_pmb != 0:
         return v.guest_pmbsr | (v.pmbsr & PMBSR_COLL)
-    return np.int64(v.pmbsr)
+    return v.pmbsr
 
 
 @jit
@@ -309,7 +311,8 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
 def read_ring(m: Machine, i: int, k: int) -> None:
     """perf record consumes the ring: its CPU touches the pages, the tail moves, and a disabled event is enabled again.
 
-    (tools/perf: auxtrace_record__read_finish() enables an event that the kernel disabled for lack of space or for lost data.)
+    (tools/perf: auxtrace_record__read_finish() enables an event that the kernel disabled for lack of space or for lost
+    data.)
     """
     par = params(m, i)
     vm = vm_row(m, i)
@@ -334,7 +337,9 @@ def read_ring(m: Machine, i: int, k: int) -> None:
 
 @jit
 def renew_buffer(m: Machine, i: int, k: int) -> None:
-    """perf ends and starts again: the kernel maps new AUX pages behind the same VA (unmap, TLBI, map), zeroed by the CPU."""
+    """perf ends and starts again: the kernel maps new AUX pages behind the same VA (unmap, TLBI, map), zeroed by the
+    CPU.
+    """
     par = params(m, i)
     vm = vm_row(m, i)
     v = vcpu_row(m, i, k)

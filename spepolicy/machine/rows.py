@@ -1,8 +1,9 @@
 """Access to the arrays of a batch from compiled and interpreted code.
 
-The machine's functions take `m`, a lane `i`, and often a vCPU `k`, and ask here for a row or an array of that lane. Compiled, `m` is one
-record of addresses and shapes (`CONTEXT`), so a call passes a pointer, not some forty array descriptors: that makes both calls
-and compilation several times faster. Interpreted, `m` is the `Machine` itself and the same functions index its arrays.
+The machine's functions take `m`, a lane `i`, and often a vCPU `k`, and ask here for a row or an array of that lane.
+Compiled, `m` is one record of addresses and shapes (`CONTEXT`), so a call passes a pointer, not some forty array
+descriptors: that makes both calls and compilation several times faster. Interpreted, `m` is the `Machine` itself and
+the same functions index its arrays.
 """
 
 from __future__ import annotations
@@ -11,25 +12,55 @@ from typing import Any
 
 import numpy as np
 
-from spepolicy.jit import COMPILED
+from spepolicy.jit import COMPILED, numba
 from spepolicy.machine.state import PARAMS, TRUTH, VCPU, VM, WINDOW, Machine
 
 # Array of Machine, its dtype, its number of dimensions.
 _ARRAYS: tuple[tuple[str, Any, int], ...] = (
-    ("par", PARAMS, 1), ("vm", VM, 1), ("vcpu", VCPU, 2), ("truth", TRUTH, 2), ("window", WINDOW, 2),
-    ("lost", np.int64, 3), ("blackout_ps", np.int64, 3), ("claims", np.int64, 3), ("host_ops", np.int64, 2),
-    ("exposure_ps", np.int64, 3), ("seen", np.int64, 3), ("unseen", np.int64, 3), ("tlb", np.int64, 4), ("pins", np.int32, 4),
-    ("pool", np.int64, 3), ("pool_refs", np.int32, 2), ("frame_key", np.int64, 2), ("frame_slot", np.int32, 2),
-    ("host_page", np.int64, 2), ("op_ps", np.int64, 1), ("alias_threshold", np.int64, 2), ("alias_outcome", np.int64, 3),
-    ("outcome_function", np.int64, 1), ("outcome_type", np.int64, 1), ("outcome_events", np.int64, 1),
-    ("outcome_latency", np.int64, 1), ("outcome_spread", np.int64, 1), ("phase", np.int64, 2), ("roles", np.int64, 1),
-    ("rec_ps", np.int64, 1), ("rec_first", np.int32, 1), ("rec_end", np.int32, 1), ("rec_op", np.uint8, 1),
-    ("random_op", np.int64, 2), ("exponential", np.int64, 1),
+    ("par", PARAMS, 1),
+    ("vm", VM, 1),
+    ("vcpu", VCPU, 2),
+    ("truth", TRUTH, 2),
+    ("window", WINDOW, 2),
+    ("lost", np.int64, 3),
+    ("blackout_ps", np.int64, 3),
+    ("claims", np.int64, 3),
+    ("host_ops", np.int64, 2),
+    ("exposure_ps", np.int64, 3),
+    ("seen", np.int64, 3),
+    ("unseen", np.int64, 3),
+    ("tlb", np.int64, 4),
+    ("pins", np.int32, 4),
+    ("pool", np.int64, 3),
+    ("pool_refs", np.int32, 2),
+    ("frame_key", np.int64, 2),
+    ("frame_slot", np.int32, 2),
+    ("host_page", np.int64, 2),
+    ("op_ps", np.int64, 1),
+    ("alias_threshold", np.int64, 2),
+    ("alias_outcome", np.int64, 3),
+    ("outcome_function", np.int64, 1),
+    ("outcome_type", np.int64, 1),
+    ("outcome_events", np.int64, 1),
+    ("outcome_latency", np.int64, 1),
+    ("outcome_spread", np.int64, 1),
+    ("phase", np.int64, 2),
+    ("roles", np.int64, 1),
+    ("rec_ps", np.int64, 1),
+    ("rec_first", np.int32, 1),
+    ("rec_end", np.int32, 1),
+    ("rec_op", np.uint8, 1),
+    ("random_op", np.int64, 2),
+    ("exponential", np.int64, 1),
 )
 
-CONTEXT = np.dtype([
-    (field, np.int64) for name, _, dimensions in _ARRAYS for field in (name, *(f"{name}_{d}" for d in range(dimensions)))
-])
+CONTEXT = np.dtype(
+    [
+        (field, np.int64)
+        for name, _, dimensions in _ARRAYS
+        for field in (name, *(f"{name}_{d}" for d in range(dimensions)))
+    ]
+)
 
 
 def context(m: Machine) -> Any:
@@ -48,22 +79,31 @@ def context(m: Machine) -> Any:
 
 
 if COMPILED:
-    import numba
-    from numba import carray, types
+    from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def _pointer(typingctx: Any, address: Any) -> Any:
         """Turn an address into a pointer, which numba has no spelling for."""
-        return types.voidptr(types.int64), lambda context, builder, sig, args: builder.inttoptr(args[0], cgutils.voidptr_t)
+        return types.voidptr(types.int64), lambda context, builder, sig, args: builder.inttoptr(
+            args[0], cgutils.voidptr_t
+        )
 
     _inline = numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
     def _accessor(name: str, source: str) -> Any:
         scope: dict[str, Any] = {
-            "carray": carray, "pointer": _pointer, "PARAMS": PARAMS, "VM": VM, "VCPU": VCPU, "TRUTH": TRUTH, "WINDOW": WINDOW,
-            "int64": np.int64, "int32": np.int32, "uint8": np.uint8,
+            "carray": numba.carray,
+            "pointer": _pointer,
+            "PARAMS": PARAMS,
+            "VM": VM,
+            "VCPU": VCPU,
+            "TRUTH": TRUTH,
+            "WINDOW": WINDOW,
+            "int64": np.int64,
+            "int32": np.int32,
+            "uint8": np.uint8,
         }
         exec(source, scope)
         return _inline(scope[name])
@@ -77,7 +117,10 @@ if COMPILED:
         shape = "".join(f"m.{name}_{d}, " for d in range(dimensions))
         arguments = "".join(f", {index}" for index in indices)
         tail = f"[{', '.join(indices)}]" if indices else ""
-        return _accessor(f"get_{name}", f"def get_{name}(m{arguments}):\n    return carray(pointer(m.{name}), ({shape}), {label}){tail}\n")
+        return _accessor(
+            f"get_{name}",
+            f"def get_{name}(m{arguments}):\n    return carray(pointer(m.{name}), ({shape}), {label}){tail}\n",
+        )
 else:
     from spepolicy.jit import plain_row
 

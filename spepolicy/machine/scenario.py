@@ -78,7 +78,8 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Guest:
-    """The virtual machine's guest: its memory, and how its perf uses SPE (model of Linux drivers/perf/arm_spe_pmu.c)."""
+    """The virtual machine's guest: its memory, and how its perf uses SPE (model of Linux drivers/perf/arm_spe_pmu.c).
+    """
 
     vcpus: int = 1
     ram_pages: int = 65536  # guest RAM, power of two, at IPA ram_base
@@ -151,8 +152,8 @@ class Host:
 class Workload:
     """A program as phases over functions. All arrays are made by `spepolicy.workload`.
 
-    A *distribution* is what an instruction stream looks like while one phase of the program, its system calls, the other
-    task or the SPE driver runs. An *outcome* is one kind of operation: (function, type, events, latency).
+    A *distribution* is what an instruction stream looks like while one phase of the program, its system calls, the
+    other task or the SPE driver runs. An *outcome* is one kind of operation: (function, type, events, latency).
     """
 
     function_names: tuple[str, ...]

@@ -1,10 +1,10 @@
-"""The Statistical Profiling Unit: sampling, filtering, writing records, and stopping. Rules are numbered as in spe.md section 2."""
+"""The Statistical Profiling Unit: sampling, filtering, writing records, and stopping. Rules are numbered as in spe.md
+section 2.
+"""
 
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from spepolicy.arch.registers import (
     BSC_FULL,
@@ -80,10 +80,10 @@ def profiling_enabled(v: Any) -> bool:
 def record_bytes(par: Any, kind: int) -> int:
     """Return the size of a record for an operation type, padded to PMBIDR_EL1.Align (rule 27)."""
     if par.align_bytes == par.max_record_bytes:
-        return np.int64(par.max_record_bytes)
+        return par.max_record_bytes
     size = _SIZES[kind]
     size = (size + par.align_bytes - 1) & ~(par.align_bytes - 1)
-    return np.int64(min(size, par.max_record_bytes))
+    return min(size, par.max_record_bytes)
 
 
 @jit
@@ -144,14 +144,22 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
     if tlb(m, i, k)[e, 0] != page:
         vm = vm_row(m, i)
         status, pa, ipa, reads = translate(
-            frame_key(m, i), frame_slot(m, i), pool(m, i), va, vm.ttbr1, vm.vttbr, vm.vtcr, par.virtualized, 1,
+            frame_key(m, i),
+            frame_slot(m, i),
+            pool(m, i),
+            va,
+            vm.ttbr1,
+            vm.vttbr,
+            vm.vtcr,
+            par.virtualized,
+            1,
             par.hardware_access_flag,
         )
         tr.walks += 1
         tr.walk_reads += reads
         if status != 0:
             tr.fault_cause = _true_cause(m, i, status, ipa)
-            return np.int64(status)
+            return status
         tlb(m, i, k)[e, 0] = page
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12
@@ -161,7 +169,7 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         tr.diverged_pages += diverged
     tr.diverged_now = tlb(m, i, k)[e, 3]
     v.tlb_page = page
-    return np.int64(0)
+    return 0
 
 
 @jit
@@ -170,9 +178,9 @@ def _true_cause(m: Machine, i: int, status: int, ipa: int) -> int:
     par = params(m, i)
     page = (ipa >> 12) - par.ram_page0
     if page < 0 or page >= par.ram_pages:
-        return np.int64(_CAUSE_GUEST)  # the guest's own tables point outside its memory
+        return _CAUSE_GUEST  # the guest's own tables point outside its memory
     gone = (host_page(m, i)[page] & GONE_MASK) >> GONE_SHIFT
-    return np.int64(_CAUSE_HOST if gone == GONE_HOST else _CAUSE_NOT_PINNED)
+    return _CAUSE_HOST if gone == GONE_HOST else _CAUSE_NOT_PINNED
 
 
 @jit
@@ -246,10 +254,11 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
 
 @jit
 def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
-    """Run the SPU of one vCPU, which is profiling, in guest time; return the time reached: *until_ps*, or when it stopped.
+    """Run the SPU of one vCPU, which is profiling, in guest time; return the time reached: *until_ps*, or when it
+    stopped.
 
-    The hot loop of the project. What it needs for a record that fits the page it wrote last is held in locals; `_put` and `_get`
-    move them to and from the state around everything else, which `complete` does.
+    The hot loop of the project. What it needs for a record that fits the page it wrote last is held in locals; `_put`
+    and `_get` move them to and from the state around everything else, which `complete` does.
     """
     par = params(m, i)
     v = vcpu_row(m, i, k)
@@ -267,15 +276,20 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
     last_start = (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes
     key, draws, select, busy, flight = v.key_sample, v.sample_draws, v.select_ps, v.busy_until_ps, v.flight
     outcome, latency, pointer, page, digest = v.flight_outcome, v.flight_latency, v.pmbptr, v.tlb_page, tr.digest
-    selected = np.int64(0)
-    written = np.int64(0)
-    collided = np.int64(0)
-    reached = np.int64(until_ps)
+    selected = 0
+    written = 0
+    collided = 0
+    reached = until_ps
     while True:
         if flight != 0 and busy <= until_ps and busy <= select:
             size = fixed if fixed != 0 else record_bytes(par, kinds[outcome] & 7)
-            if not filtering and pointer >> 12 == page and (pointer + size - 1) >> 12 == page and pointer + size <= last_start:
-                flight = np.int64(0)
+            if (
+                not filtering
+                and pointer >> 12 == page
+                and (pointer + size - 1) >> 12 == page
+                and pointer + size <= last_start
+            ):
+                flight = 0
                 histogram[functions[outcome]] += 1
                 digest = (digest ^ _word(outcome, latency, pointer)) * _DIGEST
                 pointer += size
@@ -284,7 +298,7 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
             v.sample_draws, v.select_ps, v.busy_until_ps, v.flight = draws, select, busy, flight
             v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
             _book(tr, written)
-            written = np.int64(0)
+            written = 0
             if complete(m, i, k, busy):
                 reached = busy
                 flight = v.flight
@@ -307,7 +321,7 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
             outcome = choice[slot, 0] if (bits >> 16) & 0xFF_FFFF < threshold[slot] else choice[slot, 1]
             # An exponential part, cut at ln(1024) times its mean: its slice comes from ten more bits of the same draw.
             latency = latencies[outcome] + ((spreads[outcome] * table[(bits >> 40) & 1023]) >> 20)
-            flight = np.int64(1)
+            flight = 1
             busy = at + latency * cycle_ps
         else:
             break
@@ -320,7 +334,7 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
     tr.collided += collided
     if collided != 0:
         v.pmbsr |= PMBSR_COLL
-    return np.int64(reached)
+    return reached
 
 
 @jit

@@ -1,8 +1,8 @@
 """Every field of the machine's state: name, unit, meaning, in one place.
 
-All fields are int64, so that the compiled and the interpreted form of the machine compute the same. A lane (one VM) is a row
-of `PARAMS` and `VM`; each of its vCPUs is a row of `VCPU`, of which the SPE registers are what KVM could read, and a row of
-`TRUTH`, which only the judge reads. `Machine` ties the arrays of one batch together.
+All fields are int64, so that the compiled and the interpreted form of the machine compute the same. A lane (one VM) is
+a row of `PARAMS` and `VM`; each of its vCPUs is a row of `VCPU`, of which the SPE registers are what KVM could read,
+and a row of `TRUTH`, which only the judge reads. `Machine` ties the arrays of one batch together.
 """
 
 from __future__ import annotations
@@ -20,17 +20,72 @@ LOST_CAUSES = 8
 WINDOW_LOG = 128
 
 # PARAMS: constants of a lane, from `spepolicy.machine.scenario`; same names, same units.
-_PARAMS = """
-virtualized vcpus ram_pages ram_page0 buffer_pages buffer_mapped session profile_user profile_kernel period_ops jitter
-type_filter event_filter min_latency_cycles task_on_ps task_off_ps start_ps stop_ps irq_entry_ps irq_handler_ps
-reader_latency_ps reader_ps_per_kib renew_ps duration_ps
-spe_version cycle_ps max_record_bytes align_bytes latency_max hardware_access_flag data_loss_at_boundary tlb_mask irq_latency_ps
-exit_interval_ps preempt_interval_ps preempt_ps memlock_pages next_exit_only
-trap_ps exit_ps spe_switch_ps event_ps inject_ps walk_read_ps pin_page_ps unpin_page_ps map_page_ps unmap_page_ps swap_in_ps
-copy_page_ps cpu_fault_ps
-trap_pmb trap_pms hooks notifier_filter
-host_kind random_ops recording_scale_q16 recording_span_ps phases guest_tables scatter_a scatter_b scatter_c
-""".split()
+_PARAMS = [
+    "virtualized",
+    "vcpus",
+    "ram_pages",
+    "ram_page0",
+    "buffer_pages",
+    "buffer_mapped",
+    "session",
+    "profile_user",
+    "profile_kernel",
+    "period_ops",
+    "jitter",
+    "type_filter",
+    "event_filter",
+    "min_latency_cycles",
+    "task_on_ps",
+    "task_off_ps",
+    "start_ps",
+    "stop_ps",
+    "irq_entry_ps",
+    "irq_handler_ps",
+    "reader_latency_ps",
+    "reader_ps_per_kib",
+    "renew_ps",
+    "duration_ps",
+    "spe_version",
+    "cycle_ps",
+    "max_record_bytes",
+    "align_bytes",
+    "latency_max",
+    "hardware_access_flag",
+    "data_loss_at_boundary",
+    "tlb_mask",
+    "irq_latency_ps",
+    "exit_interval_ps",
+    "preempt_interval_ps",
+    "preempt_ps",
+    "memlock_pages",
+    "next_exit_only",
+    "trap_ps",
+    "exit_ps",
+    "spe_switch_ps",
+    "event_ps",
+    "inject_ps",
+    "walk_read_ps",
+    "pin_page_ps",
+    "unpin_page_ps",
+    "map_page_ps",
+    "unmap_page_ps",
+    "swap_in_ps",
+    "copy_page_ps",
+    "cpu_fault_ps",
+    "trap_pmb",
+    "trap_pms",
+    "hooks",
+    "notifier_filter",
+    "host_kind",
+    "random_ops",
+    "recording_scale_q16",
+    "recording_span_ps",
+    "phases",
+    "guest_tables",
+    "scatter_a",
+    "scatter_b",
+    "scatter_c",
+]
 
 # VM: what the vCPUs of a lane share.
 _VM = """
@@ -212,15 +267,17 @@ VM = _dtype(_VM)
 VCPU = _dtype(_VCPU)
 TRUTH = _dtype(_TRUTH)
 
-WINDOW = np.dtype([
-    ("vcpu", np.int64),
-    ("start_ps", np.int64),  # guest time
-    ("start_host_ps", np.int64),  # host time
-    ("host_length_ps", np.int64),  # host time from start to end
-    ("length_ps", np.int64),  # guest time in it in which profiling was wanted
-    ("missed_ops", np.int64),
-    ("cause", np.int64),  # LostCause
-])
+WINDOW = np.dtype(
+    [
+        ("vcpu", np.int64),
+        ("start_ps", np.int64),  # guest time
+        ("start_host_ps", np.int64),  # host time
+        ("host_length_ps", np.int64),  # host time from start to end
+        ("length_ps", np.int64),  # guest time in it in which profiling was wanted
+        ("missed_ops", np.int64),
+        ("cause", np.int64),  # LostCause
+    ]
+)
 
 
 class LostCause(IntEnum):
@@ -237,7 +294,9 @@ class LostCause(IntEnum):
 
 
 class Hook(IntEnum):
-    """Points at which the machine waits for the policy. Bit 1 << value of `PARAMS.hooks` says whether it is implemented."""
+    """Points at which the machine waits for the policy. Bit 1 << value of `PARAMS.hooks` says whether it is
+    implemented.
+    """
 
     NONE = 0
     VM_CREATED = 1

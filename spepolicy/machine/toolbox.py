@@ -1,4 +1,5 @@
-"""KVM's tools, as policies use them through `spepolicy.batch`: each acts on many vCPUs, obeys the machine's rules and charges its cost.
+"""KVM's tools, as policies use them through `spepolicy.batch`: each acts on many vCPUs, obeys the machine's rules and
+charges its cost.
 
 `lanes` and `vcpus` are int64[n]; results are int64[n].
 """
@@ -21,10 +22,9 @@ from spepolicy.arch.registers import (
     PMBSR_EC_SHIFT,
     PMBSR_S,
 )
-from spepolicy.jit import entry, jit
+from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.host import FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED, map_page
 from spepolicy.machine.kvm import inject
-from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.rows import (
     claims,
     frame_key,
@@ -37,6 +37,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.mmu.memory import find
 from spepolicy.mmu.tables import S2_LEAF, stage1_leaf, stage2_leaf
@@ -64,7 +65,8 @@ def _charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
 
 @jit
 def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
-    """Change the number of pinned pages and carry the integral over time on (in page x 1000 ps, to stay below 2**63)."""
+    """Change the number of pinned pages and carry the integral over time on (in page x 1000 ps, to stay below 2**63).
+    """
     elapsed = max(now_ps - vm.pinned_since_ps, 0)
     vm.pinned_page_ps += vm.pinned_pages * (elapsed // 1000)
     vm.pinned_since_ps = max(now_ps, vm.pinned_since_ps)
@@ -76,12 +78,12 @@ def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
 def _leaf_status(descriptor: int) -> int:
     """Say whether software finds a page behind a stage 1 descriptor that the SPU may write to."""
     if descriptor & VALID == 0:
-        return np.int64(STAGE1 | FSC_TRANSLATION | 3)
+        return STAGE1 | FSC_TRANSLATION | 3
     if descriptor & AF == 0:
-        return np.int64(STAGE1 | 0x08 | 3)
+        return STAGE1 | 0x08 | 3
     if descriptor & S1_READ_ONLY != 0:
-        return np.int64(STAGE1 | 0x0C | 3)
-    return np.int64(0)
+        return STAGE1 | 0x0C | 3
+    return 0
 
 
 @jit
@@ -102,12 +104,14 @@ def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
         if slot < 0 or level == 3:
             break
         address = pool(m, i)[slot, (va >> level_shift(level)) & 511] & OA_MASK
-    return np.int64(count)
+    return count
 
 
 @entry
 def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: int) -> Ints:
-    """Walk the guest's stage 1 for the pages of [lo, hi) in software and list the guest pages. Return 0 or the first failure's status."""
+    """Walk the guest's stage 1 for the pages of [lo, hi) in software and list the guest pages. Return 0 or the first
+    failure's status.
+    """
     status = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
         i = lanes[n]
@@ -116,10 +120,10 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         par = params(m, i)
         v = vcpu_row(m, i, k)
         fresh = pins(m, i, k)[1 - v.pin_list]
-        count = np.int64(0)
-        reads = np.int64(0)
-        table = np.int64(-1)
-        slot = np.int64(-1)
+        count = 0
+        reads = 0
+        table = -1
+        slot = -1
         for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
             va = page << 12
             if va >> 21 != table:
@@ -132,7 +136,7 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
                     count = _collect_tables(m, i, k, va, count)
             else:
                 reads += 1
-            descriptor = pool(m, i)[slot, page & 511] if slot >= 0 else np.int64(0)
+            descriptor = pool(m, i)[slot, page & 511] if slot >= 0 else 0
             status[n] = _leaf_status(descriptor)
             guest_page = ((descriptor & OA_MASK) >> 12) - par.ram_page0
             if status[n] == 0 and (guest_page < 0 or guest_page >= par.ram_pages):
@@ -149,7 +153,9 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
 
 @entry
 def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
-    """Pin the pages that the last walk listed (FOLL_WRITE | FOLL_LONGTERM) and map them writable at stage 2. Return PIN_* each."""
+    """Pin the pages that the last walk listed (FOLL_WRITE | FOLL_LONGTERM) and map them writable at stage 2. Return
+    PIN_* each.
+    """
     result = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
         i = lanes[n]
@@ -185,19 +191,19 @@ def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tupl
     tables = pool(m, i)
     vttbr, vtcr, ram_page0 = vm.vttbr, vm.vtcr, par.ram_page0
     before = vm.stage2_maps
-    cost = np.int64(0)
+    cost = 0
     for n in range(count):
-        page = np.int64(pages[n])
+        page = widen(pages[n])
         word = words[page]
         # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
         slot, entry = stage2_leaf(tables, vttbr, vtcr, (ram_page0 + page) << 12)
         if word & (PRESENT | SHARED | HOLE) != PRESENT or slot < 0 or not _maps(tables[slot, entry], word & FRAME):
             paid = map_page(m, i, page, 1)
             if paid < 0:
-                return np.int64(n), cost
+                return n, cost
             cost += paid
         words[page] += PIN_ONE
-    return np.int64(count), cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps
+    return count, cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps
 
 
 @jit
@@ -214,7 +220,7 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
     pages = pins(m, i, k)[which]
     words = host_page(m, i)
     for n in range(count):
-        page = np.int64(pages[n])
+        page = widen(pages[n])
         if words[page] & PIN_MASK != 0:
             words[page] -= PIN_ONE
     _account_pins(vm, -count, v.now_ps + v.host_ps)
@@ -243,7 +249,9 @@ def unpin_current(m: Machine, lanes: Ints, vcpus: Ints) -> None:
 
 @entry
 def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
-    """Map the pages that the last walk listed at stage 2, writable, without pinning them. Return 1 where a page does not exist."""
+    """Map the pages that the last walk listed at stage 2, writable, without pinning them. Return 1 where a page does
+    not exist.
+    """
     failed = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
         i = lanes[n]
@@ -251,10 +259,10 @@ def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         vm = vm_row(m, i)
         par = params(m, i)
         v = vcpu_row(m, i, k)
-        cost = np.int64(0)
+        cost = 0
         before = vm.stage2_maps
         for p in range(v.pin_fresh):
-            paid = map_page(m, i, pins(m, i, k)[1 - v.pin_list, p], 1)
+            paid = map_page(m, i, widen(pins(m, i, k)[1 - v.pin_list, p]), 1)
             if paid < 0:
                 failed[n] = 1
                 break
@@ -295,7 +303,7 @@ def unpin_all(m: Machine, lanes: Ints) -> None:
         words = host_page(m, i)
         for page in range(words.shape[0]):
             words[page] &= ~PIN_MASK
-        end = np.int64(0)
+        end = 0
         for k in range(params(m, i).vcpus):
             v = vcpu_row(m, i, k)
             v.pin_count = 0
@@ -368,7 +376,7 @@ def release_all(m: Machine, lanes: Ints) -> None:
     """Carry the integral of pinned pages to the end of the run. Pins that are left are counted by the judge."""
     for n in range(lanes.shape[0]):
         vm = vm_row(m, lanes[n])
-        end = np.int64(0)
+        end = 0
         for k in range(params(m, lanes[n]).vcpus):
             v = vcpu_row(m, lanes[n], k)
             end = max(end, v.now_ps + v.host_ps)

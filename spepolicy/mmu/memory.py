@@ -1,8 +1,9 @@
 """Sparse physical memory: the page frames that hold translation tables.
 
-Only frames with content take space. An open-addressing hash maps a frame number (PA >> 12) to a slot in a pool of pages of 512 descriptors;
-a frame that is not in it is ordinary memory whose content the machine does not need. All arrays are those of one lane:
-`frame_key int64[H]` (frame, -1 free, -2 deleted), `frame_slot int32[H]`, `pool int64[P, 512]`; H is a power of two.
+Only frames with content take space. An open-addressing hash maps a frame number (PA >> 12) to a slot in a pool of pages
+of 512 descriptors; a frame that is not in it is ordinary memory whose content the machine does not need. All arrays are
+those of one lane: `frame_key int64[H]` (frame, -1 free, -2 deleted), `frame_slot int32[H]`, `pool int64[P, 512]`; H is
+a power of two.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import jit
+from spepolicy.jit import jit, widen
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -33,9 +34,9 @@ def find(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
     while True:
         key = frame_key[bucket]
         if key == frame:
-            return np.int64(frame_slot[bucket])
+            return widen(frame_slot[bucket])
         if key == FREE:
-            return np.int64(-1)
+            return -1
         bucket = (bucket + 1) & (size - 1)
 
 
@@ -59,6 +60,6 @@ def detach(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
         if frame_key[bucket] == frame:
             # A marker keeps longer probe sequences intact, unless the sequence ends here anyway.
             frame_key[bucket] = FREE if frame_key[(bucket + 1) & (size - 1)] == FREE else DELETED
-            return np.int64(frame_slot[bucket])
+            return widen(frame_slot[bucket])
         bucket = (bucket + 1) & (size - 1)
-    return np.int64(-1)
+    return -1

@@ -1,7 +1,8 @@
 """Building and editing translation tables: what KVM does at stage 2 and the guest at stage 1, in the same memory.
 
-Stage 2 follows KVM's page-table code: a table page counts its valid entries and is freed with the last of them, so that the
-level of a later fault is the one that a real KVM would see (data: after a large unmap, the next fault is at level 1 or 2).
+Stage 2 follows KVM's page-table code: a table page counts its valid entries and is freed with the last of them, so that
+the level of a later fault is the one that a real KVM would see (data: after a large unmap, the next fault is at level 1
+or 2).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def new_table(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints) -> int:
         vm.pool_used += 1
         attach(frame_key, frame_slot, STAGE2_FRAME0 + slot, slot)
     pool[slot, :] = 0
-    return np.int64(slot)
+    return slot
 
 
 @jit
@@ -51,22 +52,22 @@ def _free_table(vm: Any, pool: Ints, slot: int) -> None:
 @jit
 def _own_slot(address: int) -> int:
     """Return the slot of one of KVM's table pages: software reaches them by the linear map, without the hash."""
-    return np.int64((address >> 12) - STAGE2_FRAME0)
+    return (address >> 12) - STAGE2_FRAME0
 
 
 @jit
 def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
     """Return (slot, entry) of the level 3 descriptor for *ipa*, or (-1, level) if the walk ends earlier."""
-    level = np.int64(2 - ((vtcr >> 6) & 3))
+    level = 2 - ((vtcr >> 6) & 3)
     address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
         slot = _own_slot(address)
         entry = (address & 0xFFF) >> 3
         if level == 3:
-            return slot, np.int64(entry)
+            return slot, entry
         descriptor = pool[slot, entry]
         if descriptor & VALID == 0:
-            return np.int64(-1), level
+            return -1, level
         level += 1
         address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
 
@@ -75,8 +76,10 @@ def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
 def map_stage2(
     vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int
 ) -> int:
-    """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid one."""
-    level = np.int64(2 - ((vm.vtcr >> 6) & 3))
+    """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid
+    one.
+    """
+    level = 2 - ((vm.vtcr >> 6) & 3)
     address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
         slot = _own_slot(address)
@@ -95,30 +98,30 @@ def map_stage2(
     if writable != 0:
         new |= S2_WRITE
     if descriptor == new:
-        return np.int64(0)
+        return 0
     pool[slot, entry] = new
     if descriptor & VALID == 0:
         refs[slot] += 1
-        return np.int64(1)
-    return np.int64(2)
+        return 1
+    return 2
 
 
 @jit
 def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
     """Remove one page at stage 2 and free tables that are empty then. Return 1 if it was mapped."""
-    top = np.int64(2 - ((vm.vtcr >> 6) & 3))
+    top = 2 - ((vm.vtcr >> 6) & 3)
     level = top
-    slots = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
-    entries = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
+    slots = (0, 0, 0, 0)
+    entries = (0, 0, 0, 0)
     address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
     while True:
         slot = _own_slot(address)
-        entry = np.int64((address & 0xFFF) >> 3)
+        entry = (address & 0xFFF) >> 3
         slots = (slots[1], slots[2], slots[3], slot)
         entries = (entries[1], entries[2], entries[3], entry)
         descriptor = pool[slot, entry]
         if descriptor & VALID == 0:
-            return np.int64(0)
+            return 0
         if level == 3:
             break
         level += 1
@@ -127,7 +130,7 @@ def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
     refs[slots[3]] -= 1
     if refs[slots[3]] == 0:
         _free_upwards(vm, pool, refs, slots, entries, top)
-    return np.int64(1)
+    return 1
 
 
 @jit
@@ -148,23 +151,24 @@ def _free_upwards(
 def stage1_leaf(
     frame_key: Ints, frame_slot: Slots, pool: Ints, host_frames: Ints, ram_page0: int, ttbr1: int, va: int
 ) -> tuple[int, int, int]:
-    """Find the level 3 descriptor of *va* the way software does: through the host's mapping of guest memory, not stage 2.
+    """Find the level 3 descriptor of *va* the way software does: through the host's mapping of guest memory, not stage
+    2.
 
-    Return (slot, entry, descriptors read), slot -1 if a table on the way is missing or outside RAM. *host_frames* is the VMM's page
-    table: bits 35:0 of a word are the frame that backs the guest page.
+    Return (slot, entry, descriptors read), slot -1 if a table on the way is missing or outside RAM. *host_frames* is
+    the VMM's page table: bits 35:0 of a word are the frame that backs the guest page.
     """
     address = ttbr1 & OA_MASK
-    level = np.int64(0)
+    level = 0
     while True:
         page = (address >> 12) - ram_page0
         if page < 0 or page >= host_frames.shape[0]:
-            return np.int64(-1), np.int64(0), level
+            return -1, 0, level
         slot = find(frame_key, frame_slot, host_frames[page] & 0xF_FFFF_FFFF)
         entry = (va >> level_shift(level)) & 511
         if slot < 0 or level == 3:
-            return slot, np.int64(entry), level + 1
+            return slot, entry, level + 1
         descriptor = pool[slot, entry]
         if descriptor & VALID == 0 or descriptor & TABLE == 0:
-            return np.int64(-1), np.int64(entry), level + 1
+            return -1, entry, level + 1
         address = descriptor & OA_MASK
         level += 1

@@ -82,9 +82,7 @@ def empty_result(policy: str = "by_hand", replicates: Sequence[int] = (0,), vcpu
 
 
 def with_windows(result: Result, windows: Sequence[tuple[int, int, int, int, LostCause]]) -> Result:
-    """Add blackout windows (lane, vcpu, start_ps, length_ps, cause) in distribution 0, and the sums that belong to
-    them.
-    """
+    """Add blackout windows (lane, vcpu, start_ps, length_ps, cause) in distribution 0, and their sums."""
     rows = np.zeros(len(windows), result.windows.dtype)
     for row, (lane, vcpu, start, length, cause) in zip(rows, windows, strict=True):
         row["lane"], row["vcpu"], row["start_ps"], row["length_ps"], row["cause"] = lane, vcpu, start, length, cause

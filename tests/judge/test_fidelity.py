@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -66,14 +67,24 @@ def test_latency_filter_keeps_the_share_of_the_machines_draws(least: int) -> Non
     assert passing == pytest.approx(min(1.0, np.exp(-(least - 10) / 20)), abs=0.03)
 
 
-@settings(deadline=None, max_examples=25)
-@given(profiles.filter(lambda p: np.count_nonzero(p) > 1), st.integers(1, 400), st.integers(0, 2**32))
-def test_noise_is_what_a_monte_carlo_finds(profile: np.ndarray, records: int, seed: int) -> None:
-    shares = profile / profile.sum()
-    draws = np.random.default_rng(seed).multinomial(records, shares, size=4000)
+@settings(deadline=None, max_examples=50)
+@given(profiles, st.integers(1, 120))
+def test_noise_is_the_expectation_over_all_outcomes(profile: np.ndarray, records: int) -> None:
+    expected = 0.0
+    for p in profile / profile.sum():
+        for k in range(records + 1):
+            probability = math.comb(records, k) * p**k * (1 - p) ** (records - k)
+            expected += probability * abs(k - records * p) / (2 * records)
+    assert expected_sampling_tv(records, profile) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("records", [7, 200, 5000])
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.9, 0.07, 0.03), (0.25, 0.25, 0.25, 0.25)])
+def test_noise_is_what_a_monte_carlo_finds(shares: tuple[float, ...], records: int) -> None:
+    draws = np.random.default_rng(5).multinomial(records, shares, size=4000)
     found = np.abs(draws / records - shares).sum(axis=1) / 2
     error = found.std() / np.sqrt(len(found))
-    assert expected_sampling_tv(records, profile) == pytest.approx(found.mean(), abs=6 * error + 1e-9)
+    assert expected_sampling_tv(records, np.array(shares)) == pytest.approx(found.mean(), abs=4 * error)
 
 
 def test_noise_of_many_records_is_that_of_the_normal_distribution() -> None:

@@ -68,7 +68,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         "config": {
             "seed": 1,
             "policy": {"depth": 3},
-            "tracking": {"kind": "none"},
+            "tracking": {"kind": "none", "uri": "https://me:secret@host"},
             "guest": {"filter": {"load": False}},
             "workload": {"source": "by hand", "phases": [1, 2], "functions": {"a": 1}},
         },
@@ -113,6 +113,7 @@ def test_files_and_report(tmp_path: Path) -> None:
     assert metrics["bare_metal.excess_blackout_pct"] == 0.0
     assert metrics["blackout_pct_ci95"] > 0
     assert metrics["pin_vm.replicates_finished"] == 4
+    assert "https://me:***@host" in (tmp_path / "run" / "config.json").read_text()
     errata = json.loads((tmp_path / "run" / "errata.json").read_text())
     assert errata["policy"] == "sample"
     assert set(errata["baselines"]) == {"bare_metal", "pin_vm"}
@@ -213,6 +214,7 @@ def test_ctrl_c_before_anything_finished_leaves_a_summary_and_no_files(tmp_path:
     assert report.metrics == {}
     assert report.files == {}
     assert "No replicate finished" in report.summary()
+    assert report.summary().splitlines()[-1] == "files: none"
 
 
 @pytest.mark.usefixtures("simulated")

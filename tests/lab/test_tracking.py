@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from spepolicy.errors import OutputError
-from spepolicy.lab.tracking import RunRecord, Tracked, Tracker, TrackingSettings, flat_params, store_uri
+from spepolicy.lab.tracking import (
+    RunRecord,
+    Tracked,
+    Tracker,
+    TrackingSettings,
+    flat_params,
+    store_uri,
+    without_password,
+)
 
 # Run by a fresh interpreter in the folder of the store, with nothing configured, as `mlflow ui` is.
 READ_BACK = """
@@ -148,6 +156,28 @@ def test_link_compares_all_runs() -> None:
     assert Tracked("https://server/", "7", ("a",)).link() == "https://server/#/experiments/7/runs/a"
     link = Tracked("sqlite:////x.db", "7", ("a", "b")).link()
     assert link == "http://127.0.0.1:5000/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%227%22%5D"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
+        ("https://me:s:ecret@host:5000/", "https://me:***@host:5000/"),
+        ("https://host:5000/a@b", "https://host:5000/a@b"),
+        ("sqlite:////home/me:you@x/mlflow.db", "sqlite:////home/me:you@x/mlflow.db"),
+    ],
+)
+def test_passwords_are_not_shown(uri: str, shown: str) -> None:
+    assert without_password(uri) == shown
+    tracked = Tracked(uri, "1", ("a", "b"))
+    assert "secret" not in tracked.link() + str(tracked.ui_command())
+
+
+def test_a_refused_uri_is_shown_without_its_password() -> None:
+    with pytest.raises(OutputError) as caught:
+        store_uri(TrackingSettings(uri="oracle://me:secret@host/db"))
+    assert "oracle://me:***@host/db" in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_parameters_are_flat_texts() -> None:
