@@ -56,7 +56,7 @@ def external_abort_event(findings: Findings) -> Erratum | None:
         versions="SPEv1p3 (ID_AA64DFR0_EL1.PMSVer = 4) and later; before, an implementation may report it so",
         effect_on_guest="PMBSR_EL1 shows a syndrome that hardware of this version never gives. Linux does not look "
         "at EA and treats the event as an unexpected fault: SPE is switched off.",
-        effect_on_profile="The rest of the session is missing.",
+        effect_on_profile="A gap until the event is restarted: Linux tells perf nothing unless DL=1.",
         severity="medium",
         blame="kvm",
         workaround="Tell the guest an IMPLEMENTATION DEFINED event (EC 0x1f) with DL=1, or deliver an SError as the "
@@ -77,7 +77,8 @@ def implementation_defined_event(findings: Findings) -> Erratum | None:
         versions="all",
         effect_on_guest="Allowed by the architecture, but MIDR_EL1 names a processor whose manual does not describe "
         "it. Linux and FreeBSD switch SPE off; a vendor's kernel may misread it.",
-        effect_on_profile="The rest of the session is missing; with DL=1 perf is told (TRUNCATED, PARTIAL).",
+        effect_on_profile="A gap until perf enables the event again, which it does if it is told (DL=1: TRUNCATED, "
+        "PARTIAL); otherwise until the event is restarted.",
         severity="low",
         blame="kvm",
         workaround="None in the guest. Keep stage 2 mapped for as long as the buffer is enabled, so that it is not "
@@ -98,7 +99,7 @@ def stage2_abort_told(findings: Findings) -> Erratum | None:
         versions="all, for a guest without nested virtualization",
         effect_on_guest="A fault of a translation stage that does not exist for it. With nested virtualization its "
         "hypervisor would look for a fault in the wrong tables. Linux switches SPE off.",
-        effect_on_profile="The rest of the session is missing; without DL nobody is told.",
+        effect_on_profile="A gap until the event is restarted; without DL nobody is told.",
         severity="medium",
         blame="kvm",
         workaround="Tell an IMPLEMENTATION DEFINED event with DL=1, or repair the mapping and resume if DL=0.",
@@ -175,10 +176,12 @@ def forged_data_loss(findings: Findings) -> Erratum | None:
 
 @_rule
 def eret_into_profiling(findings: Findings) -> Erratum | None:
-    """SPE-KVM-7: kvm.md G1."""
+    """SPE-KVM-7: kvm.md G1. Only a policy that acts when profiling becomes enabled misses the moment."""
+    if "profiling_enabled" not in findings.facts["hooks"]:
+        return None
     return _observed(
         findings,
-        "eret_unpinned",
+        "el0_only_fault",
         id="SPE-KVM-7",
         title="EL0-only profiling starts by an ERET that KVM does not see",
         trigger="{E0SPE,E1SPE} = {1,0} with an enabled buffer that is not mapped at stage 2; the ERET to EL0 enables "

@@ -190,8 +190,11 @@ def _compose(arguments: list[str], show_traceback: bool) -> int:
     session = Session(show_traceback)
     if not _COMPLETES.isdisjoint(arguments):
         return _complete(session, arguments)
-    with _hydra_environment(_flags_first(arguments)) as ordered:
-        session.start(ordered)
+    try:
+        with _hydra_environment(_flags_first(arguments)) as ordered:
+            session.start(ordered)
+    except SystemExit as stop:  # Hydra ends so after --hydra-help
+        return stop.code if isinstance(stop.code, int) else 0
     return USER_ERROR if session.failed else 0
 
 

@@ -13,11 +13,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from spepolicy.errors import OutputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +32,8 @@ _COMPILED_PARTS = ("jit.py", "arch", "mmu", "machine")
 
 
 def _source_hash() -> str:
-    digest = hashlib.sha256(f"{sys.version_info[:2]} {np.__version__}".encode())
+    versions = f"{sys.version_info[:2]} {np.__version__} {version('numba')}"
+    digest = hashlib.sha256(versions.encode())
     for part in _COMPILED_PARTS:
         path = _PACKAGE / part
         for file in [path] if path.is_file() else sorted(path.glob("*.py")):
@@ -34,11 +41,25 @@ def _source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def cache_dir() -> Path:
-    """Return the folder that holds the compiled machine of exactly this source."""
+    """Return the folder that holds the compiled machine of exactly this source; it exists and can be written.
+
+    NUMBA_CACHE_DIR names its parent; else it is below XDG_CACHE_HOME or ~/.cache, or, where that cannot be written,
+    below the folder for temporary files.
+    """
+    name = f"machine-{_source_hash()}"
     base = os.environ.get("NUMBA_CACHE_DIR")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spepolicy"
-    return root / f"machine-{_source_hash()}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "spepolicy"
+    for root in [Path(base)] if base else [home, Path(tempfile.gettempdir()) / f"spepolicy-{os.getuid()}"]:
+        with suppress(OSError):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            if os.access(root / name, os.W_OK):
+                return root / name
+    raise OutputError(
+        f"the compiled machine cannot be stored below {base or home}. Rule: a folder that this user may write to. "
+        "Remedy: set NUMBA_CACHE_DIR to one."
+    )
 
 
 import numba as _numba  # noqa: E402
@@ -90,11 +111,6 @@ else:
         if cls is None:
             cls = _row_classes.setdefault(array.dtype, _row_class(array.dtype))
         return cls(record)
-
-
-def is_compiled_already() -> bool:
-    """Tell whether the cache folder of this source holds anything, so that a first run can say why it takes longer."""
-    return not COMPILED or any(cache_dir().glob("**/*.nbi"))
 
 
 @jit

@@ -70,7 +70,7 @@ class Session:
             if self.in_job or isinstance(error, SpePolicyError):
                 raise
             if isinstance(error, OSError):
-                raise OutputError(_folder_message(error)) from error
+                raise _file_error(error) from error
             raise ConfigurationError(f"{error}. See --hydra-help.") from error
 
     def job(self, cfg: Any) -> float | None:
@@ -235,9 +235,14 @@ def _check_flags(arguments: Sequence[str]) -> None:
     parser.parse_args(list(arguments))
 
 
-def _folder_message(error: OSError) -> str:
+def _file_error(error: OSError) -> SpePolicyError:
+    """Return the error for a file that Hydra cannot read or write; what it writes is in the run's folder."""
+    path = Path(str(error.filename or ""))
+    reason = error.strerror or error
+    if path.suffix in (".yaml", ".yml") and path.parent.name != ".hydra" and path.name != "multirun.yaml":
+        return ConfigurationError(f"the configuration file '{path}' cannot be read: {reason}. Make it readable.")
     where = f" '{error.filename}'" if error.filename else ""
-    return (
-        f"the run's folder{where} cannot be written: {error.strerror or error}. It must be below a folder that this "
+    return OutputError(
+        f"the run's folder{where} cannot be written: {reason}. It must be below a folder that this "
         "user may write to. Set output.dir=FOLDER."
     )

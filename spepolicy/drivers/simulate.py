@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from spepolicy.batch import Vcpus, Vms, tools
 from spepolicy.errors import ConfigurationError, HookError, SpePolicyError
 from spepolicy.hookspecs import PolicySpec, Trap
+from spepolicy.jit import COMPILED, cache_dir
 from spepolicy.machine import toolbox
-from spepolicy.machine.build import Behaviour, allocate, bytes_per_lane, reset
+from spepolicy.machine.build import Behaviour, allocate, bytes_per_lane, reset, smallest_machine
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
@@ -42,6 +43,7 @@ _HOOK_NAMES = {
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
 # gigabyte.
 _CHUNK_LANES = 256
+_COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
 
@@ -279,6 +281,30 @@ def _join(windows: list[NDArray[np.void]], first_lane: int) -> NDArray[np.void]:
     joined = np.concatenate(windows) if windows else np.zeros(0, dtype=_WINDOW_ROW)
     joined["lane"] += first_lane
     return joined
+
+
+def compile_machine(say: Callable[[str], None]) -> None:
+    """Compile all of the machine, unless its cache already holds it; *say* is told, for it takes half a minute.
+
+    Every entry point is called with no lane. Where this is not called, each is compiled when it is first needed.
+    """
+    if not COMPILED or (cache_dir() / _COMPLETE).exists():
+        return
+    say(f"compiling the machine for this version of spepolicy into {cache_dir()} (once, about half a minute)")
+    none = np.zeros(0, dtype=np.int64)
+    handle = context(smallest_machine())
+    start_lanes(handle, none)
+    run_lanes(handle, none)
+    toolbox.walk_stage1(handle, none, none, none, none, 0)
+    for tool in (toolbox.pin_fresh, toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current):
+        tool(handle, none, none)
+    toolbox.tell_guest(handle, none, none, 0, 0)
+    toolbox.resume(handle, none, none)
+    toolbox.score_claims(handle, none, none)
+    toolbox.pin_all(handle, none, 0)
+    toolbox.unpin_all(handle, none)
+    toolbox.release_all(handle, none)
+    (cache_dir() / _COMPLETE).touch()
 
 
 def simulate(

@@ -64,8 +64,7 @@ def _pass_probability(scenario: Scenario) -> Floats:
 
 
 def function_shares(scenario: Scenario) -> Floats:
-    """Return float64[D, F]: records by function that an operation of each distribution gives; 1 in all if unfiltered.
-    """
+    """Return float64[D, F]: records by function that an operation of each distribution gives; 1 in all, unfiltered."""
     work = scenario.workload
     guest = scenario.guest
     if not (guest.type_filter or guest.event_filter or guest.min_latency_cycles):

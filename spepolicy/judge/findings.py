@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,13 @@ def _stage2_windows(result: Result) -> NDArray[np.int64]:
     return np.bincount(lanes, minlength=len(result.replicates))
 
 
+def _el0_only_faults(result: Result) -> NDArray[np.int64]:
+    """Stage 2 faults of sessions that profile EL0 only, [N, V]: their enabling ERET is invisible to KVM (kvm.md G1)."""
+    guest = result.scenario.guest
+    faults: NDArray[np.int64] = result.truth["stage2_faults"]
+    return faults if guest.profile_user and not guest.profile_kernel else np.zeros_like(faults)
+
+
 def _by_cause(cause: LostCause) -> _Counts:
     return lambda result: result.lost[:, :, cause]
 
@@ -59,7 +66,7 @@ OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
     "truncated": (_truth("truncated"), "AUX handles closed with PERF_AUX_FLAG_TRUNCATED"),
     "spurious": (_truth("spurious"), "PMBIRQ taken with PMBSR_EL1.S=0"),
     "irqs": (_truth("irqs"), "PMBIRQ taken by the core"),
-    "eret_unpinned": (_truth("eret_unpinned"), "EL0-only session: faults while {E0SPE,E1SPE} = {1,0}"),
+    "el0_only_fault": (_el0_only_faults, "stage 2 faults while {E0SPE,E1SPE} = {1,0}"),
     "diverged_records": (_truth("diverged_records"), "records written to pages that the VMM's address does not show"),
     "resumed_cut": (_truth("resumed_cut"), "faults with DL=1 that KVM resumed: a cut record stays in the stream"),
     "refused": (_truth("refused"), "sessions that the policy refused before the SPU wrote"),
@@ -71,8 +78,8 @@ OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
 """Name -> (count a lane or a vCPU, what it counts)."""
 
 
-def facts(scenario: Scenario) -> dict[str, Any]:
-    """Return what a reporter may need to know of the scenario, as plain values."""
+def facts(scenario: Scenario, hooks: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a reporter may need to know of the scenario, as plain values; *hooks*: the policy's."""
     cpu, guest, kvm = scenario.cpu, scenario.guest, scenario.kvm
     return {
         "vcpus": guest.vcpus,
@@ -88,13 +95,15 @@ def facts(scenario: Scenario) -> dict[str, Any]:
         "memlock_unlimited": kvm.memlock_unlimited,
         "host": HostKind(scenario.host.kind).name.lower(),
         "seed": scenario.seed,
+        "hooks": list(hooks),
     }
 
 
-def find(result: Result, *, virtualized: bool) -> Findings:
+def find(result: Result, *, virtualized: bool, hooks: Sequence[str] = ()) -> Findings:
     """Count everything in `OBSERVATIONS` over the lanes of *result*, all of which have finished.
 
     :param virtualized: False for a bare-metal baseline, which has no stage 2 and no KVM (hook `virtualization`).
+    :param hooks: names of the hooks that the policy implements.
     """
     observations = {name: _observe(result, name, count(result)) for name, (count, _) in OBSERVATIONS.items()}
     return Findings(
@@ -104,7 +113,7 @@ def find(result: Result, *, virtualized: bool) -> Findings:
         replicates=len(result.replicates),
         guest_s=float(result.vcpu["now_ps"].sum()) / 1e12,
         wanted_s=float(lane_sum(result, "wanted_ps").sum()) / 1e12,
-        facts=facts(result.scenario),
+        facts=facts(result.scenario, hooks),
         observations=observations,
     )
 

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Limits of one request to MLflow's store.
-BATCH_METRICS = 1000
+# One request to MLflow's store may hold 100 parameters and 1,000 items in all.
+BATCH_METRICS = 900
 BATCH_PARAMS = 100
 
 
@@ -106,7 +106,7 @@ def _git_tags(source: str) -> dict[str, str]:
     """Commit and state of the work tree that *source* is the top of, if it is one and git is there."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", source, *arguments]
+        command = ["git", "--no-optional-locks", "-C", source, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
@@ -130,10 +130,13 @@ def _write_run(client: Any, experiment_id: str, record: dict[str, Any]) -> str:
     metrics = [Metric(name, value, now_ms, 0) for name, value in record["metrics"].items()]
     metrics += [Metric(name, value, now_ms, step) for name, step, value in record["series"]]
     params = [Param(name, value) for name, value in record["params"].items()]
-    for first in range(0, max(len(metrics), 1), BATCH_METRICS):
-        client.log_batch(run_id, metrics=metrics[first : first + BATCH_METRICS])
-    for first in range(0, len(params), BATCH_PARAMS):
-        client.log_batch(run_id, params=params[first : first + BATCH_PARAMS])
+    batches = max(-(-len(metrics) // BATCH_METRICS), -(-len(params) // BATCH_PARAMS))
+    for n in range(batches):
+        client.log_batch(
+            run_id,
+            metrics=metrics[n * BATCH_METRICS : (n + 1) * BATCH_METRICS],
+            params=params[n * BATCH_PARAMS : (n + 1) * BATCH_PARAMS],
+        )
     for path in record["files"]:
         client.log_artifact(run_id, path)
     client.set_terminated(run_id, status=record["status"], end_time=record["end_ms"])

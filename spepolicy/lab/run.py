@@ -142,10 +142,11 @@ def _simulate(
     plan: Plan, tracker: Tracker | None, say: Callable[[str], None]
 ) -> tuple[dict[str, Result], bool]:
     """Simulate every policy; return the results, and whether Ctrl-C cut it short."""
-    from spepolicy.drivers.simulate import simulate
+    from spepolicy.drivers.simulate import compile_machine, simulate
     from spepolicy.judge.records import check_conservation, check_profile, check_time
 
     results: dict[str, Result] = {}
+    compile_machine(say)
     for name, policy in plan.policies.items():
         try:
             say(f"simulating {name}: {plan.replicates} replicates")
@@ -180,7 +181,11 @@ def _judge(plan: Plan, results: Mapping[str, Result], notes: list[str]) -> dict[
     verdicts = {}
     for name, result in whole.items():
         manager = make_plugin_manager(plan.policies[name], list(installed_reporters().values()))
-        findings = find(result, virtualized=manager.hook.virtualization() is not False)
+        findings = find(
+            result,
+            virtualized=manager.hook.virtualization() is not False,
+            hooks=[caller.name for caller in manager.get_hookcallers(plan.policies[name]) or ()],
+        )
         documented = _errata_from(manager, "errata", notes)
         observed = _errata_from(manager, "report_errata", notes, findings=findings)
         verdicts[name] = Verdict(

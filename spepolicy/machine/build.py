@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.host import NEW_FRAME0
-from spepolicy.machine.scenario import PAGE_BYTES, HostKind, Scenario
+from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
 
 # Streams of random draws; a stream never gets another number, or results change.
@@ -199,3 +199,27 @@ def bytes_per_lane(m: Machine) -> dict[str, int]:
     sizes = {name: getattr(m, name).nbytes // lanes for name in own}
     tables = sum(sizes[name] for name in PAGE_TABLE_ARRAYS)
     return {"page_tables": tables, "other": sum(sizes.values()) - tables}
+
+
+def smallest_machine() -> Machine:
+    """Return a machine that is never run: something to compile the entry points for."""
+    one = np.ones(1, dtype=np.int64)
+    workload = Workload(
+        function_names=("none",),
+        distribution_names=("none",),
+        op_ps=one,
+        alias_threshold=np.zeros((1, 256), np.int64),
+        alias_outcome=np.zeros((1, 256, 2), np.int64),
+        weight=np.ones((1, 1)),
+        outcome_function=0 * one,
+        outcome_type=0 * one,
+        outcome_events=0 * one,
+        outcome_latency_cycles=one,
+        outcome_spread_cycles=one,
+        phase_user=0 * one,
+        phase_kernel=0 * one,
+        phase_ps=one,
+        syscall_gap_ps=one,
+        syscall_ps=one,
+    )
+    return allocate(Scenario(workload=workload, guest=Guest(ram_pages=512, buffer_pages=4)), Behaviour(), 1)

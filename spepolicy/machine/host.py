@@ -182,7 +182,9 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
     if change == 2:
         # Replacing a valid entry is break-before-make, which ends in a TLBI; an invalid one was in no TLB.
         invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
-    host_page(m, i)[page] = word & ~GONE_MASK
+    if writable != 0:
+        # The SPU could not write behind a read-only entry: then the host is still to blame for what it did before.
+        host_page(m, i)[page] = word & ~GONE_MASK
     return cost
 
 

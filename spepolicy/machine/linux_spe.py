@@ -113,11 +113,12 @@ def _skip(m: Machine, i: int, k: int, size: int) -> None:
     watermark = (par.buffer_pages << 12) >> 1
     if v.aux_head - v.aux_wakeup >= watermark:
         v.aux_wakeup = v.aux_head - v.aux_head % watermark
+        v.handle_wakeup = v.aux_wakeup + watermark
         _wake_reader(par, v)
 
 
 @jit
-def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
+def _next_offset(m: Machine, i: int, k: int) -> int:
     """Return the end of the next writable stretch as a buffer offset, or 0 if there is none (spe.md 3.2, steps 1 to 4).
     """
     par = params(m, i)
@@ -138,8 +139,9 @@ def _next_offset(m: Machine, i: int, k: int, wakeup: int) -> int:
     if head < tail:
         limit = tail & ~0xFFF
     # The handle's end does not move when its head does: aux_head + free is the same before and after padding.
-    if wakeup < v.aux_head + free and head <= wakeup & mask:
-        limit = min(limit, ((wakeup & mask) + 0xFFF) & ~0xFFF)
+    wakeup = v.handle_wakeup & mask
+    if v.handle_wakeup < v.aux_head + free and head <= wakeup:
+        limit = min(limit, (wakeup + 0xFFF) & ~0xFFF)
     if limit > head:
         return limit
     _skip(m, i, k, free)
@@ -163,12 +165,12 @@ def output_begin(m: Machine, i: int, k: int) -> None:
     v.handle_open = 1
     v.handle_head = v.aux_head
     tr.sessions += 1
-    wakeup = v.aux_wakeup + (size >> 1)
-    limit = _next_offset(m, i, k, wakeup)
+    v.handle_wakeup = v.aux_wakeup + (size >> 1)
+    limit = _next_offset(m, i, k)
     head = v.aux_head & (size - 1)
     if limit != 0 and limit - head < par.max_record_bytes:
         _skip(m, i, k, limit - head)
-        limit = _next_offset(m, i, k, wakeup)
+        limit = _next_offset(m, i, k)
         head = v.aux_head & (size - 1)
     if limit == 0:
         v.aux_flags = TRUNCATED

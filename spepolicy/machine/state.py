@@ -185,6 +185,7 @@ aux_tail            bytes consumed by perf
 aux_wakeup          aux_head at which perf was last woken, rounded down
 aux_flags           flags of the open handle, PERF_AUX_FLAG_*
 handle_head         aux_head at which the handle was opened
+handle_wakeup       aux_head at which perf is due to be woken next
 buffer_va           VA of the AUX ring
 buffer_generation   which set of IPA pages stands behind it
 pin_count           pages in the list of pins, the current set

@@ -40,7 +40,7 @@ from spepolicy.machine.rows import (
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.mmu.memory import find
-from spepolicy.mmu.tables import S2_LEAF, stage1_leaf, stage2_leaf
+from spepolicy.mmu.tables import S2_LEAF, leaf_descriptor, middle_table, stage1_leaf
 from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, S2_WRITE, STAGE1, VALID, level_shift
 
 Ints = NDArray[np.int64]
@@ -192,12 +192,17 @@ def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tupl
     vttbr, vtcr, ram_page0 = vm.vttbr, vm.vtcr, par.ram_page0
     before = vm.stage2_maps
     cost = 0
+    middle, region = -1, -1
     for n in range(count):
         page = widen(pages[n])
         word = words[page]
+        ipa = (ram_page0 + page) << 12
+        if ipa >> 30 != region or middle < 0:
+            region = ipa >> 30
+            middle = middle_table(tables, vttbr, vtcr, ipa)
         # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
-        slot, entry = stage2_leaf(tables, vttbr, vtcr, (ram_page0 + page) << 12)
-        if word & (PRESENT | SHARED | HOLE) != PRESENT or slot < 0 or not _maps(tables[slot, entry], word & FRAME):
+        resident = word & (PRESENT | SHARED | HOLE) == PRESENT
+        if not resident or middle < 0 or not _maps(leaf_descriptor(tables, middle, ipa), word & FRAME):
             paid = map_page(m, i, page, 1)
             if paid < 0:
                 return n, cost

@@ -73,6 +73,30 @@ def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
 
 
 @jit
+def middle_table(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> int:
+    """Return the slot of the level 2 table that covers the 1 GiB of *ipa*, or -1 if there is none."""
+    level = 2 - ((vtcr >> 6) & 3)
+    address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
+    while level < 2:
+        descriptor = pool[_own_slot(address), (address & 0xFFF) >> 3]
+        if descriptor & VALID == 0:
+            return -1
+        level += 1
+        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+    return _own_slot(address)
+
+
+@jit
+def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
+    """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if there is no level 3 table.
+    """
+    descriptor = pool[middle, (ipa >> 21) & 511]
+    if descriptor & VALID == 0:
+        return 0
+    return pool[_own_slot(descriptor & OA_MASK), (ipa >> 12) & 511]
+
+
+@jit
 def map_stage2(
     vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int
 ) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from spepolicy.errors import OutputError
 
@@ -128,6 +129,25 @@ def test_a_folder_that_cannot_be_written(run: Run, laboratory: Any, tmp_path: Pa
         assert "output.dir=FOLDER" in answer.err
         assert answer.err.count("\n") == 1
     assert not laboratory.plans
+
+
+def test_a_configuration_file_that_cannot_be_read(
+    run: Run, laboratory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = OmegaConf.load
+
+    def refuse(file: Any) -> Any:
+        if "odd.yaml" in str(getattr(file, "name", "")):  # root may read everything, so no real permission is tested
+            raise PermissionError(13, "Permission denied", file.name)
+        return load(file)
+
+    monkeypatch.setattr(OmegaConf, "load", refuse)
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "odd.yaml").write_text("# @package _global_\n")
+    answer = run("--config-dir", "mine", "+policy=eager_pin", "+experiment=odd")
+    assert answer.status == 2
+    assert "odd.yaml' cannot be read: Permission denied" in answer.err
 
 
 def test_what_the_laboratory_cannot_write_is_told(run: Run, laboratory: Any) -> None:

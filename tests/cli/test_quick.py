@@ -114,6 +114,12 @@ def test_a_broken_plugin_is_listed_with_its_reason(run: Run, install: Callable[.
         assert "eager_pin" in answer.out
 
 
+def test_hydra_s_own_help(run: Run) -> None:
+    answer = run("--hydra-help")
+    assert answer.status == 0
+    assert "--multirun" in answer.out
+
+
 def test_the_version(run: Run) -> None:
     answer = run("--version")
     assert answer.status == 0

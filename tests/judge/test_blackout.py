@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spepolicy.judge.blackout import (
@@ -64,6 +64,7 @@ def test_missed_samples() -> None:
     assert missed_samples(result).tolist() == [3 * MS / 100 / 1000]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, SECOND)), max_size=40))
 def test_order_statistics_are_those_of_numpy(rows: list[tuple[int, int]]) -> None:
     result = empty_result(replicates=(0, 1, 2))
@@ -84,6 +85,7 @@ def test_order_statistics_are_those_of_numpy(rows: list[tuple[int, int]]) -> Non
         assert found.pooled_longest_us == max(every)
 
 
+@settings(deadline=None)
 @given(st.lists(spans, max_size=20), st.integers(1, 50))
 def test_series_is_the_overlap_of_windows_with_bins(rows: list[tuple[int, int, int]], bins: int) -> None:
     rows = [(start, min(length, SECOND - start), cause) for start, length, cause in rows]

@@ -20,7 +20,7 @@ from spepolicy.judge.errata import (
 from spepolicy.judge.findings import OBSERVATIONS, find
 from spepolicy.machine.state import LostCause
 
-from .hand_made_results import empty_result, eventful_result
+from .hand_made_results import empty_result, eventful_result, scenario
 
 SAMPLE = Erratum(
     id="SPE-KVM-9",
@@ -136,6 +136,15 @@ def test_first_stage_2_fault_carries_its_registers() -> None:
     first = find(result, virtualized=True).seen("stage2_fault").first
     where = {"replicate": 3, "vcpu": 0, "host_time_us": 5000.0}
     assert first == where | {"va": "0xffff800100000000", "pmbsr": "0x94020007"}
+
+
+def test_faults_of_an_el0_only_session_are_observed_as_such() -> None:
+    result = eventful_result()
+    assert find(result, virtualized=True).count("el0_only_fault") == 0
+    user_only = replace(result, scenario=scenario(profile_kernel=False))
+    findings = find(user_only, virtualized=True, hooks=["profiling_enabled"])
+    assert findings.count("el0_only_fault") == findings.count("stage2_fault") == 8
+    assert findings.facts["hooks"] == ["profiling_enabled"]
 
 
 def test_stage_2_windows_and_host_faults_are_observed() -> None:

@@ -26,6 +26,7 @@ from .hand_made_results import MS, empty_result, profiled, scenario
 profiles = st.lists(st.integers(0, 1000), min_size=3, max_size=3).filter(any).map(lambda x: np.array(x, dtype=float))
 
 
+@settings(deadline=None)
 @given(profiles, profiles)
 def test_distance_is_a_metric_between_0_and_1(p: np.ndarray, q: np.ndarray) -> None:
     distance = float(total_variation(p, q))

@@ -38,7 +38,6 @@ def test_nothing_observed_means_no_erratum() -> None:
         ({"injected_stage1": 2}, {"SPE-KVM-4"}),
         ({"silent_fatal": 2, "fatal": 5}, {"SPE-KVM-5"}),
         ({"forged_loss": 2}, {"SPE-KVM-6"}),
-        ({"eret_unpinned": 2}, {"SPE-KVM-7"}),
         ({"diverged_records": 2}, {"SPE-KVM-8"}),
         ({"pin_refused": 2}, {"SPE-KVM-9"}),
         ({"stale_pins": 2}, {"SPE-KVM-10"}),
@@ -68,6 +67,13 @@ def test_observation_makes_erratum(counts: dict[str, int], expected: set[str]) -
 def test_external_abort_as_buffer_event_is_an_erratum_from_spev1p3_on(spe_version: int) -> None:
     found = reported(findings(spe_version=spe_version, injected_external=1))
     assert set(found) == ({"SPE-KVM-1"} if spe_version >= 4 else set())
+
+
+def test_the_unseen_eret_matters_to_policies_that_act_when_profiling_is_enabled() -> None:
+    found = findings(el0_only_fault=5)
+    assert reported(found) == {}
+    acting = reported(replace(found, facts={**found.facts, "hooks": ["profiling_enabled", "stage2_fault"]}))
+    assert {erratum.id: erratum.count for erratum in acting.values()} == {"SPE-KVM-7": 5}
 
 
 def test_a_late_interrupt_is_an_erratum_only_if_kvm_waits_for_an_exit() -> None:

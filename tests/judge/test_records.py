@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spepolicy.judge.records import ConservationError, check_conservation, check_profile, check_time
@@ -24,6 +24,7 @@ def test_consistent_results_pass() -> None:
         check_time(result)
 
 
+@settings(deadline=None)
 @given(
     lane=st.integers(0, 3),
     term=st.sampled_from([*COUNTERS, *LostCause]),
@@ -74,6 +75,7 @@ def test_kept_records_must_be_in_the_profile() -> None:
         check_profile(result)
 
 
+@settings(deadline=None)
 @given(cause=st.integers(0, LOST_CAUSES - 1), by=st.integers(-MS + 1, MS).filter(bool))
 def test_blackout_must_be_wanted_time_that_is_not_active_and_in_windows(cause: int, by: int) -> None:
     result = with_windows(empty_result(), [(0, 0, 0, MS, LostCause(cause))])

@@ -120,6 +120,7 @@ def test_files_and_report(tmp_path: Path) -> None:
     assert {e["id"]: e["documented"] for e in errata["errata"]} == {"SPE-KVM-12": False, "SAMPLE-1": True}
     assert "SAMPLE-1: Never tested" in (tmp_path / "run" / "errata.md").read_text()
     assert metrics["errata_found"] == 1
+    assert set(errata["facts"]["hooks"]) == {"stage2_fault", "errata"}
 
 
 @pytest.mark.usefixtures("simulated")
