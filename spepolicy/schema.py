@@ -90,7 +90,7 @@ def _flag(doc: str, to: str, source: str = "assumption") -> Any:
     return _field(Setting(doc, Kind.FLAG, to=to, source=source))
 
 
-def _choice(doc: str, choices: tuple[str, ...], to: str = "", source: str = "assumption") -> Any:
+def _choice(doc: str, choices: tuple[str, ...], to: str = "", source: str = "") -> Any:
     return _field(Setting(doc, Kind.CHOICE, choices=choices, to=to, source=source))
 
 

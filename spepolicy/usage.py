@@ -6,6 +6,7 @@ It reads the plugins, the schema and the files of `conf/`, and imports neither H
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -193,12 +194,11 @@ def _head_comment(group: str, name: str) -> str:
     """Return the first sentence of the comment that a file begins with."""
     text = []
     for line in _conf_file(f"{group}/{name}.yaml").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
+        if not line.startswith("#") or line.strip() == "#":
             break
         if not line.startswith("# @package"):
             text.append(line.lstrip("# ").strip())
-    sentence, stop, _ = " ".join(text).partition(". ")
-    return f"{sentence}." if stop else sentence
+    return re.split(r"(?<=[.?]) ", " ".join(text), maxsplit=1)[0]
 
 
 def _conf_file(path: str) -> Traversable:

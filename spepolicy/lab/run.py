@@ -146,7 +146,10 @@ def _simulate(
     from spepolicy.judge.records import check_conservation, check_profile, check_time
 
     results: dict[str, Result] = {}
-    compile_machine(say)
+    try:
+        compile_machine(say)
+    except KeyboardInterrupt:
+        return results, True
     for name, policy in plan.policies.items():
         try:
             say(f"simulating {name}: {plan.replicates} replicates")

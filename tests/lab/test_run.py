@@ -87,6 +87,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Result], R
             return change(replace(result, scenario=work))
 
         monkeypatch.setattr(spepolicy.drivers.simulate, "simulate", simulate)
+        monkeypatch.setattr(spepolicy.drivers.simulate, "compile_machine", lambda say: None)
 
     install(lambda result: result)
     return install
@@ -216,6 +217,17 @@ def test_ctrl_c_before_anything_finished_leaves_a_summary_and_no_files(tmp_path:
     assert report.files == {}
     assert "No replicate finished" in report.summary()
     assert report.summary().splitlines()[-1] == "files: none"
+
+
+@pytest.mark.usefixtures("simulated")
+def test_ctrl_c_while_compiling_ends_the_run_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(say: Callable[[str], None]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spepolicy.drivers.simulate, "compile_machine", interrupted)
+    report = run(plan(tmp_path))
+    assert report.interrupted
+    assert report.files == {}
 
 
 @pytest.mark.usefixtures("simulated")
