@@ -243,9 +243,6 @@ class CostSettings:
     pin_page: str = _duration("pinning one resident page", "0ps", "100us", "pin_page_ps")
     unpin_page: str = _duration("unpinning one page", "0ps", "100us", "unpin_page_ps")
     map_page: str = _duration("one stage 2 leaf, with the lock", "0ps", "100us", "map_page_ps")
-    unmap_page: str = _duration(
-        "one stage 2 leaf, with the TLBI", "0ps", "10ms", "unmap_page_ps", "kvm.md 3.3: up to ms under load"
-    )
     swap_in: str = _duration("one page from swap", "1us", "100ms", "swap_in_ps")
     copy_page: str = _duration("breaking copy-on-write or KSM sharing of one page", "0ps", "1ms", "copy_page_ps")
     cpu_fault: str = _duration("an ordinary stage 2 fault of the guest's CPU", "100ns", "4ms", "cpu_fault_ps", _EXITS)

@@ -59,7 +59,6 @@ def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> No
         "notifier_filter": behaviour.notifier_filter,
         # On bare metal the host is the guest: nothing happens behind its back.
         "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
-        "random_ops": len(host.random_ops),
         "recording_scale_q16": host.time_scale_q16,
         "phases": len(scenario.workload.phase_ps),
         "guest_tables": stage1_pages,

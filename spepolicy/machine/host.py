@@ -360,12 +360,11 @@ def schedule_host(m: Machine, i: int) -> None:
     else:
         before = rec_ps(m)[vm.host_index]
         vm.host_index += 1
-        gap = 0
         if vm.host_index == rec_ps(m).shape[0]:
             vm.host_index = 0
-            vm.host_round += 1
             gap = par.recording_span_ps - before + rec_ps(m)[0]
         else:
             gap = rec_ps(m)[vm.host_index] - before
-        # Recording time runs recording_scale times faster than the lane's host time.
-        vm.host_next_ps += (gap << 16) // par.recording_scale_q16
+        # Recording time runs recording_scale times faster than the lane's host time. Two steps, for gaps of hours.
+        scale = par.recording_scale_q16
+        vm.host_next_ps += ((gap // scale) << 16) + ((gap % scale) << 16) // scale

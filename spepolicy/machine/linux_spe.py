@@ -358,6 +358,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     for e in range(tlb(m, i, k).shape[0]):
         tlb(m, i, k)[e, 0] = -1
     v.tlb_page = -1
+    faults = 0
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = stage1_leaf(
@@ -367,10 +368,12 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
         pool(m, i)[slot, entry] = ((par.ram_page0 + page) << 12) | S1_LEAF
         host_page(m, i)[page] = host_page(m, i)[page] | (ROLE_BUFFER << ROLE_SHIFT)
         if par.virtualized != 0 and par.buffer_mapped != 0:
-            tr.cpu_faults += cpu_touch(m, i, page, 1)
+            faults += cpu_touch(m, i, page, 1)
+    tr.cpu_faults += faults
+    v.host_ps += faults * par.cpu_fault_ps
+    tr.other_host_ps += faults * par.cpu_fault_ps
     v.aux_head = 0
     v.aux_tail = 0
     v.aux_wakeup = 0
     v.reader_ps = NEVER
     v.event_active = 1
-    v.renewals += 1

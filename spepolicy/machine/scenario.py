@@ -130,10 +130,9 @@ class Costs:
     pin_page_ps: int = 400_000  # pin_user_pages_fast for one resident page
     unpin_page_ps: int = 100_000
     map_page_ps: int = 500_000  # one stage 2 leaf, with the lock
-    unmap_page_ps: int = 300_000  # one stage 2 leaf, with the TLBI
     swap_in_ps: int = 60_000_000  # one page from swap
     copy_page_ps: int = 1_000_000  # break of a copy-on-write or KSM page
-    cpu_fault_ps: int = 4_000_000  # an ordinary stage 2 fault of the guest's CPU
+    cpu_fault_ps: int = 4_000_000  # an ordinary stage 2 fault of the vCPU, when it zeroes new AUX pages
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ _PARAMS = [
     "reader_ps_per_kib",
     "renew_ps",
     "duration_ps",
-    "spe_version",
     "cycle_ps",
     "max_record_bytes",
     "align_bytes",
@@ -68,7 +67,6 @@ _PARAMS = [
     "pin_page_ps",
     "unpin_page_ps",
     "map_page_ps",
-    "unmap_page_ps",
     "swap_in_ps",
     "copy_page_ps",
     "cpu_fault_ps",
@@ -77,7 +75,6 @@ _PARAMS = [
     "hooks",
     "notifier_filter",
     "host_kind",
-    "random_ops",
     "recording_scale_q16",
     "recording_span_ps",
     "phases",
@@ -103,7 +100,6 @@ pool_free           head of the list of free table pages, -1 if none
 next_frame          next host page frame to hand out
 host_next_ps        host time of the next host event
 host_index          RECORDED: index of the next event; RANDOM: the operation that comes next
-host_round          RECORDED: times that the recording started over
 host_draws          counter of key_host
 host_events         host operations applied
 notifier_calls      MMU notifier events that reached KVM
@@ -176,7 +172,6 @@ phase_left_ps       program time until the phase ends
 switch_left_ps      program time until the next context switch
 syscall_left_ps     program time until the next system call
 renew_next_ps       guest time of the next perf session
-renewals            perf sessions opened after the first
 event_active        perf event state: 1 ACTIVE or INACTIVE, 0 disabled after truncation
 handle_open         1: an AUX output handle is open
 wanted              1: a session is open and its task is on the CPU
@@ -191,7 +186,6 @@ buffer_generation   which set of IPA pages stands behind it
 pin_count           pages in the list of pins, the current set
 pin_fresh           pages in the list under construction
 pin_list            which of the two lists is current
-walk_pages          pages found by the last walk
 walk_status         0, or the stage 1 fault status of the first page that is not mapped
 answered            1: the policy answered the fault; 2: by injecting
 claim               Cause claimed for the last fault, -1 if none
@@ -243,7 +237,6 @@ diverged_records    records written to such pages
 diverged_now        1: the page of tlb_page is one
 fault_cause         true Cause of the last stage 2 fault
 fault_loss_cause    LOST_* it counts under
-eret_unpinned       EL0-only session: faults while {E0SPE,E1SPE} = {1,0}
 injected_impdef     events told to the guest, by Event
 injected_external
 injected_stage1
@@ -252,7 +245,7 @@ forged_loss         DL=1 told to the guest although no record was cut
 resumed_cut         faults with DL=1 that were resumed: a cut record stays in the stream
 refused             sessions that the policy refused for the memlock limit
 digest              hash over all records written, in order
-cpu_faults          stage 2 faults of the guest's CPU that perf's reading caused
+cpu_faults          stage 2 faults of the guest's CPU on AUX pages, as perf reads them or the kernel zeroes them
 first_fault_ps      host time of the first stage 2 fault, NEVER if none
 first_fault_va
 first_fault_syndrome PMBSR_EL1 of the first stage 2 fault
