@@ -2,7 +2,8 @@
 
 `@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the
 same source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions
-that Python calls.
+that Python calls, and `@inline` for what must never cost a call: functions that take many arrays and are called in one place
+of a hot loop.
 
 numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The
 cache folder is therefore named after the content of everything that can end up in the compiled code.
@@ -79,6 +80,13 @@ if COMPILED:
         )(function)
         return compiled
 
+    def inline(function: F) -> F:
+        """Compile *function* into its callers."""
+        compiled: F = numba.njit(
+            cache=True, nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+        )(function)
+        return compiled
+
     def entry(function: F) -> F:
         """Compile *function* for calls from Python."""
         compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
@@ -89,7 +97,7 @@ else:
         """Leave *function* interpreted."""
         return function
 
-    entry = jit
+    entry = inline = jit
 
     _row_classes: dict[np.dtype[Any], type] = {}
 
@@ -111,6 +119,19 @@ else:
         if cls is None:
             cls = _row_classes.setdefault(array.dtype, _row_class(array.dtype))
         return cls(record)
+
+
+if COMPILED:
+
+    @inline
+    def row(array: Any, index: int) -> Any:
+        """Return an element of a structured array, its fields as attributes."""
+        return array[index]
+else:
+
+    def row(array: Any, index: int) -> Any:
+        """Return an element of a structured array, its fields as attributes."""
+        return plain_row(array, array[index])
 
 
 @jit

@@ -1,4 +1,4 @@
-"""Sparse physical memory: the page frames that hold translation tables.
+"""Sparse physical memory: the page frames that hold translation tables, in compiled code and, as `Memory`, for Python.
 
 Only frames with content take space. An open-addressing hash maps a frame number (PA >> 12) to a slot in a pool of pages
 of 512 descriptors; a frame that is not in it is ordinary memory whose content the machine does not need. All arrays are
@@ -8,10 +8,13 @@ a power of two.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import jit, widen
+from spepolicy.errors import ConfigurationError
+from spepolicy.jit import entry, jit, widen
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -63,3 +66,133 @@ def detach(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
             return widen(frame_slot[bucket])
         bucket = (bucket + 1) & (size - 1)
     return -1
+
+
+@jit
+def reads_as_zero(zero: Ints, address: int) -> bool:
+    """Tell whether *address*, in a frame without content, is in one of the ranges *zero* (int64[2 z]: lo, hi, lo, ...).
+    """
+    for n in range(0, zero.shape[0], 2):  # noqa: SIM110: compiled code has no generators
+        if zero[n] <= address < zero[n + 1]:
+            return True
+    return False
+
+
+@entry
+def _attach_all(frame_key: Ints, frame_slot: Slots, frames: Ints, slot: int) -> int:
+    """Give *frames* the slots from *slot* on. Return the index of a frame that has one already, or -1."""
+    for n in range(frames.shape[0]):
+        if find(frame_key, frame_slot, frames[n]) >= 0:
+            return n
+        attach(frame_key, frame_slot, frames[n], slot + n)
+    return -1
+
+
+@entry
+def _copy_words(frame_key: Ints, frame_slot: Slots, pool: Ints, addresses: Ints, words: Ints, store: int) -> int:
+    """Load *words* from *addresses*, or store them. Return the index of the first address without a page, or -1."""
+    missing = -1
+    for n in range(addresses.shape[0]):
+        slot = find(frame_key, frame_slot, addresses[n] >> 12)
+        if slot < 0:
+            missing = n if missing < 0 else missing
+        elif store != 0:
+            pool[slot, (addresses[n] & 0xFFF) >> 3] = words[n]
+        else:
+            words[n] = pool[slot, (addresses[n] & 0xFFF) >> 3]
+    return missing
+
+
+class Memory:
+    """Sparse physical memory of 4 KiB pages, as the walker and the builder see it.
+
+    Pages hold what was put there; addresses in *zero_ranges* exist and read as zero; at any other address a walk takes
+    an external abort. `frame_key`, `frame_slot`, `pool` and `zero` are the arrays of the functions above.
+    """
+
+    def __init__(self, pages: int = 64, zero_ranges: Iterable[tuple[int, int]] = ()) -> None:
+        """Make an empty memory with room for *pages* pages; it grows."""
+        self.used = 0
+        self._allocate(max(pages, 1))
+        bounds = [bound for lo_hi in zero_ranges for bound in lo_hi]
+        for lo, hi in zip(bounds[::2], bounds[1::2], strict=True):
+            if not 0 <= lo < hi <= 1 << 48:
+                raise ConfigurationError(
+                    f"zero_ranges has ({lo:#x}, {hi:#x}). Rule: 0 <= lo < hi <= 2**48, bytes. Remedy: correct the range."
+                )
+        self.zero: Ints = np.array(bounds, dtype=np.int64)
+
+    @classmethod
+    def from_pages(
+        cls,
+        page_addrs: NDArray[np.uint64],
+        page_data: NDArray[np.uint64],
+        zero_ranges: Iterable[tuple[int, int]] = (),
+    ) -> Memory:
+        """Make a memory of m pages: their addresses, uint64[m], multiples of 4096, and their content, uint64[m, 512],
+        little-endian words. The content is copied.
+
+        Raise ConfigurationError for a page that is not aligned, given twice or beyond 48 bits, and for wrong shapes.
+        """
+        addresses = np.atleast_1d(np.asarray(page_addrs, dtype=np.uint64))
+        memory = cls(len(addresses), zero_ranges)
+        memory.add_pages(addresses, np.asarray(page_data, dtype=np.uint64).reshape(-1, 512))
+        return memory
+
+    def add_pages(self, addresses: NDArray[np.uint64], data: NDArray[np.uint64] | None = None) -> None:
+        """Add pages as `from_pages` has them; zeroed without *data*."""
+        addresses = np.atleast_1d(np.asarray(addresses, dtype=np.uint64))
+        count = len(addresses)
+        bad = addresses[(addresses & np.uint64(0xFFF) != 0) | (addresses >> np.uint64(48) != 0)]
+        if len(bad):
+            raise ConfigurationError(
+                f"page_addrs has {int(bad[0]):#x}. Rule: multiples of 4096 below 2**48. Remedy: give the address of the page."
+            )
+        if data is not None and data.shape != (count, 512):
+            raise ConfigurationError(
+                f"page_data has the shape {data.shape} for {count} page_addrs. Rule: (pages, 512) words of 8 bytes."
+            )
+        if self.used + count > len(self.pool):
+            self._grow(self.used + count)
+        twice = _attach_all(self.frame_key, self.frame_slot, (addresses >> np.uint64(12)).view(np.int64), self.used)
+        if twice >= 0:
+            raise ConfigurationError(f"page_addrs has {int(addresses[twice]):#x} twice. Remedy: give each page once.")
+        self.pool[self.used : self.used + count] = 0 if data is None else data.view(np.int64)
+        self.used += count
+
+    def read(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the words, uint64[n], at physical *addresses*, uint64[n] multiples of 8, in pages that exist."""
+        words = np.zeros(len(addresses), dtype=np.int64)
+        self._copy(addresses, words, 0)
+        return words.view(np.uint64)
+
+    def write(self, addresses: NDArray[np.uint64], words: NDArray[np.uint64]) -> None:
+        """Store *words*, uint64[n], at physical *addresses*, uint64[n] multiples of 8, in pages that exist."""
+        self._copy(addresses, np.ascontiguousarray(words, dtype=np.uint64).view(np.int64), 1)
+
+    def pages(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Return the addresses, uint64[m], of all pages in the order in which they came, and a copy of their content,
+        uint64[m, 512].
+        """
+        held = self.frame_key >= 0
+        frames = np.zeros(self.used, dtype=np.uint64)
+        frames[self.frame_slot[held]] = self.frame_key[held]
+        return frames << np.uint64(12), self.pool[: self.used].view(np.uint64).copy()
+
+    def _copy(self, addresses: NDArray[np.uint64], words: Ints, store: int) -> None:
+        where = np.ascontiguousarray(addresses, dtype=np.uint64).view(np.int64)
+        missing = _copy_words(self.frame_key, self.frame_slot, self.pool, where, words, store)
+        if missing >= 0:
+            raise ConfigurationError(f"address {int(where[missing]):#x} is in no page of this memory. Remedy: add_pages.")
+
+    def _allocate(self, pages: int) -> None:
+        size = 1 << (2 * pages).bit_length()
+        self.frame_key: Ints = np.full(size, FREE, dtype=np.int64)
+        self.frame_slot: Slots = np.zeros(size, dtype=np.int32)
+        self.pool: Ints = np.zeros((pages, 512), dtype=np.int64)
+
+    def _grow(self, pages: int) -> None:
+        addresses, data = self.pages()
+        self.used = 0
+        self._allocate(2 * pages)
+        self.add_pages(addresses, data)

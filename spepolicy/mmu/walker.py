@@ -1,12 +1,18 @@
-"""The two-stage walk of the EL1&0 regime for one address: what the SPU does on a TLB miss.
+"""The two-stage walk of the EL1&0 regime for one address: what the SPU does on a TLB miss, and what an AT instruction
+does.
 
-Rules: spe.md section 6 and mmu.md (VMSAv8-64, 4 KiB granule). Stage 1 uses TTBR1_EL1 (the SPE driver's buffer is a
-kernel address); every stage 1 descriptor is fetched through stage 2. A status is 0, or STAGE1 or STAGE2 with the fault
-status code (FSC) in bits 5:0, and WALK if a stage 2 fault hit a stage 1 table. PMBSR_EL1 gets the FSC without WALK: the
-architecture does not report it.
+Rules: spe.md section 6 and mmu.md (VMSAv8-64). Stage 1 descriptors are fetched through stage 2. A status is 0, or
+STAGE1 or STAGE2 with the fault status code (FSC) in bits 5:0, and WALK if a stage 2 fault hit a stage 1 table; or
+NOT_MODELLED. PMBSR_EL1 gets the FSC without WALK: the architecture does not report it there.
+
+What a register asks for is in the rows of `spepolicy.mmu.regime.STAGE`, so that one walk serves every configuration.
+Where the architecture leaves a choice: the Contiguous bit has no effect on the result, and hardware sets the access
+flag only where the stage's other checks pass.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +24,9 @@ from spepolicy.arch.registers import (
     FSC_PERMISSION,
     FSC_TRANSLATION,
 )
-from spepolicy.jit import jit
-from spepolicy.mmu.memory import find
+from spepolicy.jit import inline, jit, row
+from spepolicy.mmu.memory import find, reads_as_zero
+from spepolicy.mmu.regime import ADDRESS_48, PA_BITS, SECOND
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -27,19 +34,32 @@ Slots = NDArray[np.int32]
 STAGE1 = 1 << 8
 STAGE2 = 2 << 8
 WALK = 1 << 10
+NOT_MODELLED = 1 << 11
 FSC_MASK = 0x3F
 
+# What an access is: bits of `access`.
+WRITE = 1
+USER = 2  # by EL0
+PAN = 4  # PSTATE.PAN counts
+MARK_DIRTY = 8  # hardware dirty state is written; an AT instruction only assumes it
+INTERMEDIATE = 16  # stop at the output of stage 1
+
+# Descriptors
 VALID = 1
 TABLE = 2  # bit 1: table, or page at level 3
-AF = 1 << 10
+USER_ACCESS = 1 << 6  # AP[1]
 S1_READ_ONLY = 1 << 7  # AP[2]
-S1_DBM = 1 << 51
-S2_READ = 1 << 6
-S2_WRITE = 1 << 7
-OA_MASK = 0x0000_FFFF_FFFF_F000  # output address of a page or table, 48-bit PA
+S2_READ = 1 << 6  # S2AP[0]
+S2_WRITE = 1 << 7  # S2AP[1]
+S2_NORMAL = 0xC << 2  # MemAttr[3:2]: 0 is Device
+AF = 1 << 10
+DBM = 1 << 51
+EL0_EXECUTE_NEVER = 1 << 54
+TABLE_EL0_EXECUTE_NEVER = 1 << 60
+TABLE_NO_USER = 1 << 61  # APTable[0]
+TABLE_READ_ONLY = 1 << 62  # APTable[1]
+OA_MASK = 0x0000_FFFF_FFFF_F000  # output address of a page or table, 48-bit PA, 4 KiB granule
 PAGE_MASK = 0xFFF
-
-T1SZ = 16  # 48-bit kernel addresses, as Linux with 4 KiB pages
 
 
 @jit
@@ -48,115 +68,221 @@ def level_shift(level: int) -> int:
     return 12 + 9 * (3 - level)
 
 
+@inline
+def _bad(s: Any, descriptor: int, level: int, stage: int) -> int:
+    """Return the status of a descriptor that ends the walk of stage *s*, 0 for one that does not."""
+    if descriptor & VALID == 0 or (descriptor & TABLE == 0 and (s.blocks >> level) & 1 == 0):
+        return stage | FSC_TRANSLATION | level
+    if (descriptor & s.output_mask) >> s.output_bits != 0:
+        return stage | FSC_ADDRESS_SIZE | level
+    return 0
+
+
 @jit
+def _is_device(s: Any, leaf: int) -> bool:
+    """Tell whether a stage 2 leaf makes the Normal memory that stage 1 tables are in Device memory."""
+    return leaf & ((1 << 4) if s.forced_type != 0 else S2_NORMAL) == 0
+
+
+@jit
+def _stage2_writable(s: Any, leaf: int) -> bool:
+    return leaf & S2_WRITE != 0 or (s.hardware_dirty != 0 and leaf & DBM != 0)
+
+
+@inline
+def _stage2_fault(s: Any, leaf: int, write: int, walk: int) -> int:
+    """Return the FSC, without level, of what stage 2 leaf *leaf* does not allow, or 0."""
+    if leaf & AF == 0 and s.hardware_af == 0:
+        return FSC_ACCESS_FLAG
+    if write != 0:
+        if not _stage2_writable(s, leaf):
+            return FSC_PERMISSION
+    elif leaf & S2_READ == 0:
+        return FSC_PERMISSION
+    if walk != 0 and s.no_device_walk != 0 and _is_device(s, leaf):
+        return FSC_PERMISSION
+    return 0
+
+
+@inline
 def stage2(
-    frame_key: Ints, frame_slot: Slots, pool: Ints, ipa: int, vttbr: int, vtcr: int, write: int, hardware_af: int
-) -> tuple[int, int, int]:
-    """Translate *ipa* at stage 2. Return (status, PA, descriptors read)."""
-    if ipa >> (64 - (vtcr & 0x3F)) != 0:
+    frame_key: Ints, frame_slot: Slots, pool: Ints, zero: Ints, s: Any, ipa: int, access: int, walk: int
+) -> tuple[int, int, int, int, int, int]:
+    """Translate *ipa* by the stage 2 row *s*, for data or with *walk* for a stage 1 descriptor.
+
+    Return (status, PA, leaf descriptor, its level, its place in the pool, descriptors read).
+    """
+    if s.closed != 0 or ipa >> s.input_bits != 0:
         # Beyond the stage 2 input size: a level 0 translation fault, not an address size fault (spe.md 6.3).
-        return STAGE2 | FSC_TRANSLATION, 0, 0
-    level = 2 - ((vtcr >> 6) & 3)
-    pa_bits = _pa_bits((vtcr >> 16) & 7)
-    table = vttbr & OA_MASK
-    index = ipa >> level_shift(level)  # concatenated root tables are one larger table
+        return STAGE2 | FSC_TRANSLATION, 0, 0, 0, 0, 0
+    if s.reserved != 0:
+        return NOT_MODELLED | STAGE2, 0, 0, 0, 0, 0
+    if s.base >> s.output_bits != 0:
+        return STAGE2 | FSC_ADDRESS_SIZE, 0, 0, 0, 0, 0
+    level = s.start
+    shift = s.start_shift
+    address = s.base + (ipa >> shift) * 8  # concatenated root tables are one larger table
     reads = 0
     while True:
-        address = table + index * 8
         slot = find(frame_key, frame_slot, address >> 12)
         reads += 1
         if slot < 0:
-            return STAGE2 | FSC_EXTERNAL_ABORT_WALK | level, 0, reads
+            if reads_as_zero(zero, address):
+                return STAGE2 | FSC_TRANSLATION | level, 0, 0, 0, 0, reads
+            return STAGE2 | FSC_EXTERNAL_ABORT_WALK | level, 0, 0, 0, 0, reads
         entry = (address & PAGE_MASK) >> 3
         descriptor = pool[slot, entry]
-        if descriptor & VALID == 0 or (descriptor & TABLE == 0 and (level == 0 or level == 3)):
-            return STAGE2 | FSC_TRANSLATION | level, 0, reads
-        output = descriptor & OA_MASK
-        if output >> pa_bits != 0:
-            return STAGE2 | FSC_ADDRESS_SIZE | level, 0, reads
+        status = _bad(s, descriptor, level, STAGE2)
+        if status != 0:
+            return status, 0, 0, 0, 0, reads
         if level == 3 or descriptor & TABLE == 0:
             break
         level += 1
-        table = output
-        index = (ipa >> level_shift(level)) & 511
-    if descriptor & AF == 0:
-        # VTCR_EL2.HA (bit 21) lets hardware set AF; the SPU honours it only if PMBIDR_EL1.F=1 (spe.md rule 33).
-        if (vtcr >> 21) & 1 == 0 or hardware_af == 0:
-            return STAGE2 | FSC_ACCESS_FLAG | level, 0, reads
-        pool[slot, entry] = descriptor | AF
-    if (write != 0 and descriptor & S2_WRITE == 0) or (write == 0 and descriptor & S2_READ == 0):
-        return STAGE2 | FSC_PERMISSION | level, 0, reads
-    offset = (1 << level_shift(level)) - 1
-    return 0, (output & ~offset) | (ipa & offset), reads
+        shift -= s.stride
+        address = (descriptor & s.output_mask) + ((ipa >> shift) & s.index_mask) * 8
+    fault = _stage2_fault(s, descriptor, access & WRITE, walk)
+    if fault != 0:
+        return STAGE2 | fault | level, 0, 0, 0, 0, reads
+    new = descriptor | AF
+    if access & (WRITE | MARK_DIRTY) == WRITE | MARK_DIRTY:
+        new |= S2_WRITE
+    if new != descriptor:
+        pool[slot, entry] = new
+    offset = (1 << shift) - 1
+    return 0, (descriptor & s.output_mask & ~offset) | (ipa & offset), new, level, slot * 512 + entry, reads
 
 
 @jit
-def _pa_bits(ps: int) -> int:
-    """Return the address width that an IPS or PS field of a translation control register means (48-bit PA at most)."""
-    if ps >= 5:
-        return 48
-    if ps == 4:
-        return 44
-    if ps == 3:
-        return 42
-    if ps == 2:
-        return 40
-    return 36 if ps == 1 else 32
+def _stage1_writable(s: Any, leaf: int, inherited: int) -> bool:
+    if inherited & TABLE_READ_ONLY != 0:
+        return False
+    return leaf & S1_READ_ONLY == 0 or (s.hardware_dirty != 0 and leaf & DBM != 0)
+
+
+@inline
+def _stage1_fault(s: Any, leaf: int, inherited: int, access: int) -> int:
+    """Return the FSC, without level, of what a stage 1 leaf below table descriptors *inherited* (ORed) does not allow,
+    or 0.
+    """
+    if leaf & AF == 0 and s.hardware_af == 0:
+        return FSC_ACCESS_FLAG
+    user = leaf & USER_ACCESS != 0 and inherited & TABLE_NO_USER == 0
+    if access & USER != 0 and not user:
+        return FSC_PERMISSION
+    if access & PAN != 0:
+        executable = leaf & EL0_EXECUTE_NEVER == 0 and inherited & TABLE_EL0_EXECUTE_NEVER == 0
+        if user or (s.enhanced_pan != 0 and executable):
+            return FSC_PERMISSION
+    if access & WRITE != 0 and not _stage1_writable(s, leaf, inherited):
+        return FSC_PERMISSION
+    return 0
+
+
+@jit
+def _updated(s: Any, leaf: int, access: int) -> int:
+    """Return what hardware makes of a stage 1 leaf by an access that it allows."""
+    new = leaf | AF
+    if access & (WRITE | MARK_DIRTY) == WRITE | MARK_DIRTY and s.hardware_dirty != 0 and leaf & DBM != 0:
+        new &= ~S1_READ_ONLY
+    return new
+
+
+@jit
+def swap_bytes(word: int) -> int:
+    """Return the 64-bit *word* with its bytes in the other order."""
+    low = ((word & 0x00FF_00FF_00FF_00FF) << 8) | ((word >> 8) & 0x00FF_00FF_00FF_00FF)
+    low = ((low & 0x0000_FFFF_0000_FFFF) << 16) | ((low >> 16) & 0x0000_FFFF_0000_FFFF)
+    return (low << 32) | ((low >> 32) & 0xFFFF_FFFF)
+
+
+@inline
+def _stage1_entry(s: Any, va: int, access: int) -> tuple[int, int, int]:
+    """Check *va* against stage 1 row *s*. Return (status, address of the first descriptor or of the data, level): level
+    4 if stage 1 is off.
+    """
+    upper = (va >> 55) & 1
+    if s.ignore_top != 0:
+        va = (va << 8) >> 8
+    if s.on == 0:
+        # Flat: the address must fit the implemented PA size (spe.md 6.3).
+        if va >> PA_BITS != 0:
+            return STAGE1 | FSC_ADDRESS_SIZE, 0, 0
+        return 0, va & ADDRESS_48, 4
+    if s.closed != 0 or va >> s.input_bits != -upper or (access & USER != 0 and s.no_user != 0):
+        return STAGE1 | FSC_TRANSLATION, 0, 0
+    if s.reserved != 0:
+        return NOT_MODELLED | STAGE1, 0, 0
+    if s.base >> s.output_bits != 0:
+        return STAGE1 | FSC_ADDRESS_SIZE, 0, 0
+    index = (va & ((1 << s.input_bits) - 1)) >> s.start_shift
+    return 0, s.base + index * 8, s.start
 
 
 @jit
 def translate(
-    frame_key: Ints,
-    frame_slot: Slots,
-    pool: Ints,
-    va: int,
-    ttbr1: int,
-    vttbr: int,
-    vtcr: int,
-    two_stages: int,
-    write: int,
-    hardware_af: int,
-) -> tuple[int, int, int, int]:
-    """Translate *va* through both stages as a privileged access. Return (status, PA, IPA, descriptors read).
+    frame_key: Ints, frame_slot: Slots, pool: Ints, zero: Ints, stages: Any, va: int, access: int
+) -> tuple[int, int, int, int, int, int]:
+    """Translate *va* through both stages of the regime *stages* (STAGE[3]) in the memory of the first four arguments
+    (`spepolicy.mmu.memory`).
 
-    With *two_stages* 0 (bare metal) the stage 1 output is the PA. PAN is treated as 0 and the access as EL1 even while
-    the PE executes at EL0 (spe.md rule 30).
+    Return (status, PA, IPA, stage 1 leaf, stage 2 leaf, descriptors read). A leaf is 0 where its stage is off. The IPA
+    of a stage 2 fault is the one that faulted. Descriptors change where hardware manages flags.
     """
-    if va >> (64 - T1SZ) != -1:
-        # VA bits above the input size must all be 1 for TTBR1 (spe.md 6.1).
-        return STAGE1 | FSC_TRANSLATION, 0, 0, 0
-    level = 0
-    table = ttbr1 & OA_MASK
+    second = row(stages, SECOND)
+    s = row(stages, (va >> 55) & 1)
+    status, address, level = _stage1_entry(s, va, access)
+    if status != 0:
+        return status, 0, 0, 0, 0, 0
+    shift = s.start_shift
+    inherited = 0
+    leaf = 0
     reads = 0
     while True:
-        index = (va >> level_shift(level)) & 511
-        address = table + index * 8
-        if two_stages != 0:
-            status, pa, more = stage2(frame_key, frame_slot, pool, address, vttbr, vtcr, 0, hardware_af)
+        # The one place that stage 2 is entered from: with the address of a stage 1 descriptor, or at level 4 of data.
+        pa, leaf2, level2, place = address, 0, 0, 0
+        if level == 4 and access & INTERMEDIATE != 0:
+            return 0, address, address, leaf, 0, reads
+        if second.on != 0:
+            walk = 1 if level != 4 else 0
+            wanted = access if level == 4 else 0
+            status, pa, leaf2, level2, place, more = stage2(
+                frame_key, frame_slot, pool, zero, second, address, wanted, walk
+            )
             reads += more
             if status != 0:
-                return status | WALK, 0, address, reads
-        else:
-            pa = address
+                return status | (WALK if level != 4 else 0), 0, address, 0, 0, reads
+        if level == 4:
+            return 0, pa, address, leaf, leaf2, reads
         slot = find(frame_key, frame_slot, pa >> 12)
         reads += 1
         if slot < 0:
-            return STAGE1 | FSC_EXTERNAL_ABORT_WALK | level, 0, 0, reads
-        descriptor = pool[slot, (pa & PAGE_MASK) >> 3]
-        if descriptor & VALID == 0 or (descriptor & TABLE == 0 and (level == 0 or level == 3)):
-            return STAGE1 | FSC_TRANSLATION | level, 0, 0, reads
-        if level == 3 or descriptor & TABLE == 0:
-            break
-        table = descriptor & OA_MASK
-        level += 1
-    if descriptor & AF == 0:
-        # Linux maps kernel memory with AF set; a clear AF is a guest edit and TCR_EL1.HA is not assumed.
-        return STAGE1 | FSC_ACCESS_FLAG | level, 0, 0, reads
-    if write != 0 and descriptor & S1_READ_ONLY != 0:
-        return STAGE1 | FSC_PERMISSION | level, 0, 0, reads
-    offset = (1 << level_shift(level)) - 1
-    ipa = (descriptor & OA_MASK & ~offset) | (va & offset)
-    if two_stages == 0:
-        return 0, ipa, ipa, reads
-    status, pa, more = stage2(frame_key, frame_slot, pool, ipa, vttbr, vtcr, write, hardware_af)
-    return status, pa, ipa, reads + more
+            kind = FSC_TRANSLATION if reads_as_zero(zero, pa) else FSC_EXTERNAL_ABORT_WALK
+            return STAGE1 | kind | level, 0, 0, 0, 0, reads
+        entry = (pa & PAGE_MASK) >> 3
+        descriptor = pool[slot, entry]
+        if s.big_endian != 0:
+            descriptor = swap_bytes(descriptor)
+        status = _bad(s, descriptor, level, STAGE1)
+        if status != 0:
+            return status, 0, 0, 0, 0, reads
+        if level != 3 and descriptor & TABLE != 0:
+            if s.inherit != 0:
+                inherited |= descriptor
+            level += 1
+            shift -= s.stride
+            address = (descriptor & s.output_mask) + ((va >> shift) & s.index_mask) * 8
+            continue
+        fault = _stage1_fault(s, descriptor, inherited, access)
+        if fault != 0:
+            return STAGE1 | fault | level, 0, 0, 0, 0, reads
+        leaf = _updated(s, descriptor, access)
+        if leaf != descriptor:
+            if second.on != 0:
+                # The update is a write to the table, which stage 2 must allow, and which makes that page dirty.
+                if not _stage2_writable(second, leaf2):
+                    return STAGE2 | WALK | FSC_PERMISSION | level2, 0, address, 0, 0, reads
+                pool[place >> 9, place & 511] = leaf2 | S2_WRITE
+            pool[slot, entry] = swap_bytes(leaf) if s.big_endian != 0 else leaf
+        offset = (1 << shift) - 1
+        address = (descriptor & s.output_mask & ~offset) | (va & offset)
+        level = 4
