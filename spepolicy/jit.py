@@ -2,8 +2,8 @@
 
 `@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the
 same source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions
-that Python calls, and `@inline` for what must never cost a call: functions that take many arrays and are called in one place
-of a hot loop.
+that Python calls, and `@inline` for what must never cost a call: functions that take many arrays and are called in one
+place of a hot loop.
 
 numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The
 cache folder is therefore named after the content of everything that can end up in the compiled code.
@@ -83,7 +83,12 @@ if COMPILED:
     def inline(function: F) -> F:
         """Compile *function* into its callers."""
         compiled: F = numba.njit(
-            cache=True, nogil=True, error_model="numpy", forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+            cache=True,
+            nogil=True,
+            error_model="numpy",
+            forceinline=True,
+            no_cpython_wrapper=True,
+            no_cfunc_wrapper=True,
         )(function)
         return compiled
 

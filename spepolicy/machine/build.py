@@ -13,6 +13,7 @@ from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.host import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
+from spepolicy.mmu.regime import STAGE
 
 # Streams of random draws; a stream never gets another number, or results change.
 _PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT = range(5)
@@ -119,6 +120,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
     m = Machine(
         par=lane_array(dtype=PARAMS),
         vm=lane_array(dtype=VM),
+        regime=lane_array(3, dtype=STAGE),
         vcpu=lane_array(vcpus, dtype=VCPU),
         truth=lane_array(vcpus, dtype=TRUTH),
         window=lane_array(WINDOW_LOG + 4 * vcpus, dtype=WINDOW),

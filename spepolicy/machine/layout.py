@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.jit import jit
+from spepolicy.jit import jit, row
 from spepolicy.machine.host import (
     GONE_MASK,
     PRESENT,
@@ -25,17 +25,25 @@ from spepolicy.machine.rows import (
     params,
     pool,
     pool_refs,
+    stages,
     vcpu_row,
     vm_row,
 )
 from spepolicy.machine.state import Machine
 from spepolicy.mmu.memory import attach, find
+from spepolicy.mmu.regime import HCR_PTW, HCR_VM, LOWER, SCTLR_M, SECOND, UPPER, set_stage1, set_stage2
 from spepolicy.mmu.tables import S1_LEAF, S2_LEAF, STAGE2_FRAME0, TABLE_DESCRIPTOR, map_stage2, new_table, unmap_stage2
 from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID, level_shift
 
 # KVM's VTCR_EL2 for the default 40-bit IPA: start at level 1 with two concatenated root tables, HA set (mmu.md 6.5).
 VTCR_40BIT = 0x802D_3558
 ROOT_TABLES = 2
+
+# What Linux programs for a kernel of 4 KiB pages and 48-bit addresses: T1SZ 16, TG1 4 KiB, IPS 48 bits. TTBR0_EL1 is
+# closed (EPD0): no SPE buffer is in user space. KVM's HCR_EL2 has PTW (mmu.md 6.5).
+TCR_EL1 = 16 | (1 << 7) | (16 << 16) | (2 << 30) | (5 << 32)
+MAIR_EL1 = 0xFF
+HCR_GUEST = HCR_VM | HCR_PTW
 
 # Kernel virtual addresses as int64. Each vCPU's AUX buffer has a window of 128 MiB in the vmalloc area.
 BUFFER_VA0 = -(1 << 47) + 0x1000_0000
@@ -113,6 +121,19 @@ def _map_all_ram(m: Machine, i: int) -> None:
 
 
 @jit
+def _decode_regime(m: Machine, i: int) -> None:
+    """Decode the translation registers of lane *i* for its SPU, which updates descriptors only if PMBIDR_EL1.F is 1."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    hcr = HCR_GUEST if par.virtualized != 0 else 0
+    updates = par.hardware_access_flag
+    for half in range(LOWER, UPPER + 1):
+        ttbr = vm.ttbr1 if half == UPPER else 0
+        set_stage1(row(stages(m, i), half), half, ttbr, TCR_EL1, MAIR_EL1, SCTLR_M, hcr, updates)
+    set_stage2(row(stages(m, i), SECOND), vm.vttbr, vm.vtcr, hcr, updates)
+
+
+@jit
 def build_memory(m: Machine, i: int) -> None:
     """Lay out the memory of lane *i*, whose arrays are zero and whose frame hash is empty."""
     vm = vm_row(m, i)
@@ -127,6 +148,7 @@ def build_memory(m: Machine, i: int) -> None:
         vm.vtcr = VTCR_40BIT
         _map_all_ram(m, i)
     vm.ttbr1 = (par.ram_page0 + _guest_table(m, i, ROLE_HOT)) << 12
+    _decode_regime(m, i)
     for k in range(par.vcpus):
         v = vcpu_row(m, i, k)
         v.buffer_va = BUFFER_VA0 + (k << BUFFER_WINDOW_SHIFT)

@@ -14,11 +14,13 @@ import numpy as np
 
 from spepolicy.jit import COMPILED, numba
 from spepolicy.machine.state import PARAMS, TRUTH, VCPU, VM, WINDOW, Machine
+from spepolicy.mmu.regime import STAGE
 
 # Array of Machine, its dtype, its number of dimensions.
 _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("par", PARAMS, 1),
     ("vm", VM, 1),
+    ("regime", STAGE, 2),
     ("vcpu", VCPU, 2),
     ("truth", TRUTH, 2),
     ("window", WINDOW, 2),
@@ -101,6 +103,7 @@ if COMPILED:
             "VCPU": VCPU,
             "TRUTH": TRUTH,
             "WINDOW": WINDOW,
+            "STAGE": STAGE,
             "int64": np.int64,
             "int32": np.int32,
             "uint8": np.uint8,
@@ -111,9 +114,8 @@ if COMPILED:
     def _make(name: str, indices: str) -> Any:
         """Compile `get_NAME(m, ...)`: the array *name* of the context, indexed by *indices*."""
         dtype, dimensions = next((d, n) for array, d, n in _ARRAYS if array == name)
-        label = {id(PARAMS): "PARAMS", id(VM): "VM", id(VCPU): "VCPU", id(TRUTH): "TRUTH", id(WINDOW): "WINDOW"}.get(
-            id(dtype), np.dtype(dtype).name
-        )
+        records = {"PARAMS": PARAMS, "VM": VM, "VCPU": VCPU, "TRUTH": TRUTH, "WINDOW": WINDOW, "STAGE": STAGE}
+        label = next((record for record, its in records.items() if its is dtype), np.dtype(dtype).name)
         shape = "".join(f"m.{name}_{d}, " for d in range(dimensions))
         arguments = "".join(f", {index}" for index in indices)
         tail = f"[{', '.join(indices)}]" if indices else ""
@@ -125,7 +127,8 @@ else:
     from spepolicy.jit import plain_row
 
     def _make(name: str, indices: str) -> Any:
-        structured = next(d for array, d, _ in _ARRAYS if array == name) in (PARAMS, VM, VCPU, TRUTH, WINDOW)
+        dtype, dimensions = next((d, n) for array, d, n in _ARRAYS if array == name)
+        structured = np.dtype(dtype).names is not None and dimensions == len(indices)
         if structured and len(indices) == 1:
             return lambda m, i: plain_row(getattr(m, name), getattr(m, name)[i])
         if structured:
@@ -139,6 +142,7 @@ else:
 
 params = _make("par", "i")
 vm_row = _make("vm", "i")
+stages = _make("regime", "i")
 vcpu_row = _make("vcpu", "ik")
 truth_row = _make("truth", "ik")
 window_row = _make("window", "ik")

@@ -44,14 +44,15 @@ from spepolicy.machine.rows import (
     outcome_type,
     params,
     pool,
+    stages,
     tlb,
     truth_row,
     unseen,
     vcpu_row,
-    vm_row,
 )
 from spepolicy.machine.state import LostCause, Machine
-from spepolicy.mmu.walker import FSC_MASK, STAGE2, translate
+from spepolicy.mmu.memory import NO_ZERO_RANGES
+from spepolicy.mmu.walker import FSC_MASK, MARK_DIRTY, STAGE2, WRITE, translate
 
 _FULL = int(LostCause.BUFFER_FULL)
 _STAGE1 = int(LostCause.STAGE1_FAULT)
@@ -142,18 +143,9 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
     page = va >> 12
     e = page & par.tlb_mask
     if tlb(m, i, k)[e, 0] != page:
-        vm = vm_row(m, i)
-        status, pa, ipa, reads = translate(
-            frame_key(m, i),
-            frame_slot(m, i),
-            pool(m, i),
-            va,
-            vm.ttbr1,
-            vm.vttbr,
-            vm.vtcr,
-            par.virtualized,
-            1,
-            par.hardware_access_flag,
+        # Privileged even at EL0, and PAN does not count (rule 30).
+        status, pa, ipa, _leaf, _leaf2, reads = translate(
+            frame_key(m, i), frame_slot(m, i), pool(m, i), NO_ZERO_RANGES, stages(m, i), va, WRITE | MARK_DIRTY
         )
         tr.walks += 1
         tr.walk_reads += reads

@@ -320,6 +320,7 @@ class Machine(NamedTuple):
 
     par: NDArray[np.void]  # PARAMS[N]
     vm: NDArray[np.void]  # VM[N]
+    regime: NDArray[np.void]  # spepolicy.mmu.regime.STAGE[N, 3]: what the translation registers of the lane say
     vcpu: NDArray[np.void]  # VCPU[N, V]
     truth: NDArray[np.void]  # TRUTH[N, V]
     window: NDArray[np.void]  # WINDOW[N, WINDOW_LOG]

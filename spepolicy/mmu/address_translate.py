@@ -176,8 +176,8 @@ def at(
 
     *threads*: at most that many, by default one per processor; descriptor updates are made by one.
 
-    Raise ConfigurationError, with the name of the bit, for what is not modelled (`spepolicy.mmu.refused`), for registers
-    that are missing or unknown, and for shapes that do not fit.
+    Raise ConfigurationError, with the name of the bit, for what is not modelled (`spepolicy.mmu.refused`), for
+    registers that are missing or unknown, and for shapes that do not fit.
     """
     addresses = np.atleast_1d(np.asarray(va, dtype=np.uint64)).view(np.int64)
     registers = _registers(regs)
@@ -235,7 +235,7 @@ def _registers(regs: Mapping[str, ArrayLike]) -> Ints:
         columns = np.broadcast_arrays(*values.values())
     except ValueError:
         shapes = ", ".join(f"{name} {value.shape}" for name, value in values.items())
-        raise ConfigurationError(f"regs have different shapes: {shapes}. Rule: a number, or one for each space.") from None
+        raise ConfigurationError(f"regs have different shapes: {shapes}. Rule: a number, or one a space.") from None
     return np.stack(columns, axis=1).view(np.int64)
 
 
@@ -245,7 +245,7 @@ def _spaces(space: ArrayLike | None, registers: int, queries: int) -> Ints:
             raise ConfigurationError(f"regs are of {registers} address spaces. Remedy: give space, one for each query.")
         return np.zeros(1, dtype=np.int64)
     spaces = np.ascontiguousarray(space, dtype=np.int64)
-    if spaces.shape != (queries,) or (queries and not (0 <= spaces.min() and spaces.max() < registers)):
+    if spaces.shape != (queries,) or (queries and (spaces.min() < 0 or spaces.max() >= registers)):
         raise ConfigurationError(
             f"space has the shape {spaces.shape}. Rule: {queries} numbers, one for each query, in 0..{registers - 1}."
         )

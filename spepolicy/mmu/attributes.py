@@ -81,7 +81,7 @@ def _combined(first: int, memattr: int) -> int:
 
 @jit
 def _forced_nibble(first: int, device: bool) -> int:
-    # Write-back with the hints of stage 1, or all hints where stage 1 has none: bit 2 makes Write-back of Write-through.
+    # Write-back with the hints of stage 1, or all hints where it has none. Bit 2 makes Write-back of Write-through.
     return 0xF if device or first == _NIBBLE_NC else first | 4
 
 

@@ -19,6 +19,8 @@ from spepolicy.jit import entry, jit, widen
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
+NO_ZERO_RANGES: Ints = np.zeros(0, dtype=np.int64)
+
 FREE = -1
 DELETED = -2
 
@@ -70,9 +72,8 @@ def detach(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
 
 @jit
 def reads_as_zero(zero: Ints, address: int) -> bool:
-    """Tell whether *address*, in a frame without content, is in one of the ranges *zero* (int64[2 z]: lo, hi, lo, ...).
-    """
-    for n in range(0, zero.shape[0], 2):  # noqa: SIM110: compiled code has no generators
+    """Tell whether *address*, in a frame without content, is in a range of *zero* (int64[2 z]: lo, hi, lo, hi ...)."""
+    for n in range(0, zero.shape[0], 2):  # noqa: SIM110 - compiled code has no generators
         if zero[n] <= address < zero[n + 1]:
             return True
     return False
@@ -118,7 +119,7 @@ class Memory:
         for lo, hi in zip(bounds[::2], bounds[1::2], strict=True):
             if not 0 <= lo < hi <= 1 << 48:
                 raise ConfigurationError(
-                    f"zero_ranges has ({lo:#x}, {hi:#x}). Rule: 0 <= lo < hi <= 2**48, bytes. Remedy: correct the range."
+                    f"zero_ranges has ({lo:#x}, {hi:#x}). Rule: 0 <= lo < hi <= 2**48, bytes. Remedy: correct it."
                 )
         self.zero: Ints = np.array(bounds, dtype=np.int64)
 
@@ -146,7 +147,7 @@ class Memory:
         bad = addresses[(addresses & np.uint64(0xFFF) != 0) | (addresses >> np.uint64(48) != 0)]
         if len(bad):
             raise ConfigurationError(
-                f"page_addrs has {int(bad[0]):#x}. Rule: multiples of 4096 below 2**48. Remedy: give the address of the page."
+                f"page_addrs has {int(bad[0]):#x}. Rule: multiples of 4096 below 2**48. Remedy: give page addresses."
             )
         if data is not None and data.shape != (count, 512):
             raise ConfigurationError(
@@ -183,7 +184,9 @@ class Memory:
         where = np.ascontiguousarray(addresses, dtype=np.uint64).view(np.int64)
         missing = _copy_words(self.frame_key, self.frame_slot, self.pool, where, words, store)
         if missing >= 0:
-            raise ConfigurationError(f"address {int(where[missing]):#x} is in no page of this memory. Remedy: add_pages.")
+            raise ConfigurationError(
+                f"address {int(where[missing]):#x} is in no page of the memory. Remedy: add_pages."
+            )
 
     def _allocate(self, pages: int) -> None:
         size = 1 << (2 * pages).bit_length()

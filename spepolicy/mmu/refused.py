@@ -45,13 +45,13 @@ _REFUSED: dict[str, tuple[tuple[int, int, str, str], ...]] = {
 REGISTERS = tuple(_REFUSED)
 
 _ENCODINGS = {
-    "granule1": "TCR_EL1.TG0 or TG1 has a reserved encoding. Rule: TG0 is 0 (4 KiB), 1 (64 KiB) or 2 (16 KiB), TG1 is 1 "
-    "(16 KiB), 2 (4 KiB) or 3 (64 KiB). Remedy: set one of these, or close that half with EPD",
+    "granule1": "TCR_EL1.TG0 or TG1 has a reserved encoding. Rule: TG0 is 0 (4 KiB), 1 (64 KiB) or 2 (16 KiB), "
+    "TG1 is 1 (16 KiB), 2 (4 KiB) or 3 (64 KiB). Remedy: set one of these, or close that half with EPD",
     "granule2": "VTCR_EL2.TG0 has the reserved encoding 3. Rule: 0 (4 KiB), 1 (64 KiB) or 2 (16 KiB)",
-    "mair": "the byte of MAIR_EL1 that the descriptor's AttrIndx selects is reserved, or needs FEAT_XS or FEAT_MTE2. Rule: "
-    "0b0000dd00 for Device, else both halves are not 0",
-    "memattr": "MemAttr of the stage 2 leaf is reserved. Rule: MemAttr[1:0] is not 0 for Normal memory; with HCR_EL2.FWB, "
-    "MemAttr is below 8 and not 4",
+    "mair": "the byte of MAIR_EL1 that the descriptor's AttrIndx selects is reserved, or needs FEAT_XS or FEAT_MTE2. "
+    "Rule: 0b0000dd00 for Device, else both halves are not 0",
+    "memattr": "MemAttr of the stage 2 leaf is reserved. Rule: MemAttr[1:0] is not 0 for Normal memory; with "
+    "HCR_EL2.FWB, MemAttr is below 8 and not 4",
     "shareability": "SH of a leaf is 1, which is reserved. Rule: 0 (non-), 2 (outer) or 3 (inner shareable)",
 }
 
@@ -78,8 +78,8 @@ def check_registers(registers: Mapping[str, Words]) -> None:
 def _refuse(register: str, bit: str, values: Words, meaning: str) -> None:
     if len(values):
         raise ConfigurationError(
-            f"{register}.{bit} is set in {int(values[0]):#x}: {meaning} is not modelled. Rule: the walker has the features of "
-            "an Armv8.2 core with 48-bit addresses. Remedy: clear it."
+            f"{register}.{bit} is set in {int(values[0]):#x}: {meaning} is not modelled. Rule: the walker has the "
+            "features of an Armv8.2 core with 48-bit addresses. Remedy: clear it."
         )
 
 

@@ -84,8 +84,7 @@ def _set_granule(s: Any, granule: int) -> None:
 
 @jit
 def _set_start(s: Any, input_bits: int, level: int, ttbr: int) -> None:
-    """Set the first lookup. The table, or the concatenated tables, are aligned to their size: lower bits are ignored.
-    """
+    """Set the first lookup. The table, or the concatenated tables, are aligned to their size: low bits are ignored."""
     s.input_bits = input_bits
     s.start = level
     s.start_shift = s.stride + 3 + s.stride * (3 - level)
@@ -94,9 +93,7 @@ def _set_start(s: Any, input_bits: int, level: int, ttbr: int) -> None:
 
 
 @jit
-def set_stage1(
-    s: Any, upper: int, ttbr: int, tcr: int, mair: int, sctlr: int, hcr: int, updates: int
-) -> None:
+def set_stage1(s: Any, upper: int, ttbr: int, tcr: int, mair: int, sctlr: int, hcr: int, updates: int) -> None:
     """Decode one half of stage 1 into the zeroed row *s*: TTBR0_EL1's, or with *upper* TTBR1_EL1's.
 
     *updates* is 0 for an agent that cannot update descriptors: it takes HA and HD as 0.

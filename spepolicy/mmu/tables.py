@@ -88,8 +88,7 @@ def middle_table(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> int:
 
 @jit
 def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
-    """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if there is no level 3 table.
-    """
+    """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if it has no level 3 table."""
     descriptor = pool[middle, (ipa >> 21) & 511]
     if descriptor & VALID == 0:
         return 0
