@@ -2,8 +2,8 @@
 
 `@jit` compiles a function with numba (no GIL, cached on disk); with NUMBA_DISABLE_JIT=1 it leaves it alone, so that the
 same source runs as ordinary Python that a debugger and a coverage tool understand. `@entry` is for the few functions
-that Python calls, and `@inline` for what must never cost a call: functions that take many arrays and are called in one
-place of a hot loop.
+that Python calls, `@lean` for functions that make no array, and `@inline` for those of them that must never cost a
+call: they take many arrays and are called in one place of a hot loop.
 
 numba's own cache notices a change in the file of the compiled function only, not in the functions that it calls. The
 cache folder is therefore named after the content of everything that can end up in the compiled code.
@@ -80,8 +80,22 @@ if COMPILED:
         )(function)
         return compiled
 
+    def lean(function: F) -> F:
+        """Compile *function*, which makes no array, for calls from compiled code: without counting references to the
+        arrays that it borrows, which takes longer than a short function.
+        """
+        compiled: F = numba.njit(
+            cache=True,
+            nogil=True,
+            error_model="numpy",
+            no_cpython_wrapper=True,
+            no_cfunc_wrapper=True,
+            _nrt=False,
+        )(function)
+        return compiled
+
     def inline(function: F) -> F:
-        """Compile *function* into its callers."""
+        """Compile *function*, which makes no array, into its callers."""
         compiled: F = numba.njit(
             cache=True,
             nogil=True,
@@ -89,6 +103,7 @@ if COMPILED:
             forceinline=True,
             no_cpython_wrapper=True,
             no_cfunc_wrapper=True,
+            _nrt=False,
         )(function)
         return compiled
 
@@ -102,7 +117,7 @@ else:
         """Leave *function* interpreted."""
         return function
 
-    entry = inline = jit
+    entry = inline = lean = jit
 
     _row_classes: dict[np.dtype[Any], type] = {}
 

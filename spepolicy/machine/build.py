@@ -13,7 +13,9 @@ from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.host import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
+from spepolicy.mmu.memory import FREE
 from spepolicy.mmu.regime import STAGE
+from spepolicy.mmu.walker import STATE
 
 # Streams of random draws; a stream never gets another number, or results change.
 _PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT = range(5)
@@ -121,6 +123,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
         par=lane_array(dtype=PARAMS),
         vm=lane_array(dtype=VM),
         regime=lane_array(3, dtype=STAGE),
+        walk=lane_array(dtype=STATE),
         vcpu=lane_array(vcpus, dtype=VCPU),
         truth=lane_array(vcpus, dtype=TRUTH),
         window=lane_array(WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
@@ -135,8 +138,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
         pins=lane_array(vcpus, 2, scenario.guest.buffer_pages + 64, dtype=np.int32),
         pool=lane_array(pool_pages, 512),
         pool_refs=lane_array(pool_pages, dtype=np.int32),
-        frame_key=lane_array(hash_size),
-        frame_slot=lane_array(hash_size, dtype=np.int32),
+        frames=lane_array(hash_size),
         host_page=lane_array(scenario.guest.ram_pages),
         op_ps=workload.op_ps,
         alias_threshold=workload.alias_threshold,
@@ -179,7 +181,7 @@ def reset(m: Machine, scenario: Scenario, replicates: Sequence[int] | NDArray[np
         getattr(m, name)[:lanes] = 0
     m.pool_refs[:lanes] = 0
     m.tlb[:lanes] = -1
-    m.frame_key[:lanes] = -1
+    m.frames[:lanes] = FREE
     m.vm["pool_free"][:lanes] = -1
     m.vm["next_frame"][:lanes] = NEW_FRAME0
     m.vcpu["tlb_page"][:lanes] = -1

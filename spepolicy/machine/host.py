@@ -20,8 +20,7 @@ from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.rows import (
     exponential,
-    frame_key,
-    frame_slot,
+    frames,
     host_ops,
     host_page,
     params,
@@ -128,9 +127,9 @@ def invalidate_tlb(m: Machine, i: int, first: int, end: int) -> None:
 def _set_frame(m: Machine, i: int, page: int, word: int, frame: int, carry: int) -> int:
     """Back *page* with *frame*; with *carry* the content (a translation table) moves along. Return the new word."""
     if carry != 0:
-        slot = detach(frame_key(m, i), frame_slot(m, i), word & FRAME)
+        slot = detach(frames(m, i), word & FRAME)
         if slot >= 0:
-            attach(frame_key(m, i), frame_slot(m, i), frame, slot)
+            attach(frames(m, i), frame, slot)
     return (word & ~FRAME) | frame
 
 
@@ -176,7 +175,7 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
     # A page that a read brings back from swap is mapped read-only (recording swap: 11075 of 11206 maps).
     writable = 0 if word & SHARED != 0 or (swapped and write == 0) else 1
     ipa = (par.ram_page0 + page) << 12
-    change = map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, word & FRAME, writable)
+    change = map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, word & FRAME, writable)
     if change != 0:
         vm.stage2_maps += 1
     if change == 2:
@@ -295,7 +294,7 @@ def _change_backing(m: Machine, i: int, page: int, word: int, effect: int) -> in
     if effect & SHARE != 0:
         word = _set_frame(m, i, page, word, KSM_FRAME, 0) | SHARED
         ipa = (par.ram_page0 + page) << 12
-        map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, KSM_FRAME, 0)
+        map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, KSM_FRAME, 0)
     if effect & REPLACE != 0:
         if word & PIN_MASK != 0:
             vm.stale_pins += 1

@@ -19,8 +19,7 @@ from spepolicy.machine.host import (
     ROLE_TABLE,
 )
 from spepolicy.machine.rows import (
-    frame_key,
-    frame_slot,
+    frames,
     host_page,
     params,
     pool,
@@ -80,7 +79,7 @@ def _guest_table(m: Machine, i: int, role: int) -> int:
     slot = vm.pool_used
     vm.pool_used += 1
     pool(m, i)[slot, :] = 0
-    attach(frame_key(m, i), frame_slot(m, i), RAM_FRAME0 + page, slot)
+    attach(frames(m, i), RAM_FRAME0 + page, slot)
     host_page(m, i)[page] = host_page(m, i)[page] | (role << ROLE_SHIFT)
     return page
 
@@ -92,13 +91,13 @@ def _map_stage1(m: Machine, i: int, va: int, page: int) -> None:
     par = params(m, i)
     address = vm.ttbr1 & OA_MASK
     for level in range(3):
-        slot = find(frame_key(m, i), frame_slot(m, i), address >> 12)
+        slot = find(frames(m, i), address >> 12)
         entry = (va >> level_shift(level)) & 511
         if pool(m, i)[slot, entry] & VALID == 0:
             table = _guest_table(m, i, ROLE_HOT if level < 2 else ROLE_TABLE)
             pool(m, i)[slot, entry] = ((par.ram_page0 + table) << 12) | TABLE_DESCRIPTOR
         address = pool(m, i)[slot, entry] & OA_MASK
-    slot = find(frame_key(m, i), frame_slot(m, i), address >> 12)
+    slot = find(frames(m, i), address >> 12)
     pool(m, i)[slot, (va >> 12) & 511] = ((par.ram_page0 + page) << 12) | S1_LEAF
 
 
@@ -110,7 +109,7 @@ def _map_all_ram(m: Machine, i: int) -> None:
     tables = pool(m, i)
     for first in range(0, par.ram_pages, 512):
         ipa = (par.ram_page0 + first) << 12
-        map_stage2(vm, frame_key(m, i), frame_slot(m, i), pool(m, i), pool_refs(m, i), ipa, RAM_FRAME0 + first, 1)
+        map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, RAM_FRAME0 + first, 1)
         slot = vm.pool_used - 1
         count = min(par.ram_pages - first, 512)
         table = tables[slot]
@@ -143,7 +142,7 @@ def build_memory(m: Machine, i: int) -> None:
         pages[page] = (RAM_FRAME0 + page) | PRESENT
     if par.virtualized != 0:
         for _ in range(ROOT_TABLES):
-            new_table(vm, frame_key(m, i), frame_slot(m, i), pool(m, i))
+            new_table(vm, frames(m, i), pool(m, i))
         vm.vttbr = STAGE2_FRAME0 << 12
         vm.vtcr = VTCR_40BIT
         _map_all_ram(m, i)

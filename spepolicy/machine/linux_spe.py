@@ -32,8 +32,7 @@ from spepolicy.machine.host import ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
 from spepolicy.machine.kvm import access
 from spepolicy.machine.layout import guest_page
 from spepolicy.machine.rows import (
-    frame_key,
-    frame_slot,
+    frames,
     host_page,
     params,
     pool,
@@ -326,7 +325,7 @@ def read_ring(m: Machine, i: int, k: int) -> None:
     for page in range(first, last):
         va = v.buffer_va + ((page << 12) & mask)
         slot, entry, _reads = stage1_leaf(
-            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
         )
         if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and par.virtualized != 0:
             tr.cpu_faults += cpu_touch(m, i, ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0, 0)
@@ -350,7 +349,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = stage1_leaf(
-            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
         )
         old = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
         host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
@@ -362,7 +361,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = stage1_leaf(
-            frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
         )
         page = guest_page(par, k, v.buffer_generation, n)
         pool(m, i)[slot, entry] = ((par.ram_page0 + page) << 12) | S1_LEAF

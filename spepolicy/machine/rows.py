@@ -15,12 +15,14 @@ import numpy as np
 from spepolicy.jit import COMPILED, numba
 from spepolicy.machine.state import PARAMS, TRUTH, VCPU, VM, WINDOW, Machine
 from spepolicy.mmu.regime import STAGE
+from spepolicy.mmu.walker import STATE
 
 # Array of Machine, its dtype, its number of dimensions.
 _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("par", PARAMS, 1),
     ("vm", VM, 1),
     ("regime", STAGE, 2),
+    ("walk", STATE, 1),
     ("vcpu", VCPU, 2),
     ("truth", TRUTH, 2),
     ("window", WINDOW, 2),
@@ -35,8 +37,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("pins", np.int32, 4),
     ("pool", np.int64, 3),
     ("pool_refs", np.int32, 2),
-    ("frame_key", np.int64, 2),
-    ("frame_slot", np.int32, 2),
+    ("frames", np.int64, 2),
     ("host_page", np.int64, 2),
     ("op_ps", np.int64, 1),
     ("alias_threshold", np.int64, 2),
@@ -55,6 +56,16 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("random_op", np.int64, 2),
     ("exponential", np.int64, 1),
 )
+
+_RECORDS = {
+    "PARAMS": PARAMS,
+    "VM": VM,
+    "VCPU": VCPU,
+    "TRUTH": TRUTH,
+    "WINDOW": WINDOW,
+    "STAGE": STAGE,
+    "STATE": STATE,
+}
 
 CONTEXT = np.dtype(
     [
@@ -98,12 +109,7 @@ if COMPILED:
         scope: dict[str, Any] = {
             "carray": numba.carray,
             "pointer": _pointer,
-            "PARAMS": PARAMS,
-            "VM": VM,
-            "VCPU": VCPU,
-            "TRUTH": TRUTH,
-            "WINDOW": WINDOW,
-            "STAGE": STAGE,
+            **_RECORDS,
             "int64": np.int64,
             "int32": np.int32,
             "uint8": np.uint8,
@@ -114,8 +120,7 @@ if COMPILED:
     def _make(name: str, indices: str) -> Any:
         """Compile `get_NAME(m, ...)`: the array *name* of the context, indexed by *indices*."""
         dtype, dimensions = next((d, n) for array, d, n in _ARRAYS if array == name)
-        records = {"PARAMS": PARAMS, "VM": VM, "VCPU": VCPU, "TRUTH": TRUTH, "WINDOW": WINDOW, "STAGE": STAGE}
-        label = next((record for record, its in records.items() if its is dtype), np.dtype(dtype).name)
+        label = next((record for record, its in _RECORDS.items() if its is dtype), np.dtype(dtype).name)
         shape = "".join(f"m.{name}_{d}, " for d in range(dimensions))
         arguments = "".join(f", {index}" for index in indices)
         tail = f"[{', '.join(indices)}]" if indices else ""
@@ -143,6 +148,7 @@ else:
 params = _make("par", "i")
 vm_row = _make("vm", "i")
 stages = _make("regime", "i")
+walk_row = _make("walk", "i")
 vcpu_row = _make("vcpu", "ik")
 truth_row = _make("truth", "ik")
 window_row = _make("window", "ik")
@@ -157,8 +163,7 @@ tlb = _make("tlb", "ik")
 pins = _make("pins", "ik")
 pool = _make("pool", "i")
 pool_refs = _make("pool_refs", "i")
-frame_key = _make("frame_key", "i")
-frame_slot = _make("frame_slot", "i")
+frames = _make("frames", "i")
 host_page = _make("host_page", "i")
 op_ps = _make("op_ps", "")
 alias_threshold = _make("alias_threshold", "")

@@ -33,8 +33,7 @@ from spepolicy.machine.rows import (
     alias_outcome,
     alias_threshold,
     exponential,
-    frame_key,
-    frame_slot,
+    frames,
     host_page,
     lost,
     outcome_events,
@@ -49,6 +48,7 @@ from spepolicy.machine.rows import (
     truth_row,
     unseen,
     vcpu_row,
+    walk_row,
 )
 from spepolicy.machine.state import LostCause, Machine
 from spepolicy.mmu.memory import NO_ZERO_RANGES
@@ -144,14 +144,15 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
     e = page & par.tlb_mask
     if tlb(m, i, k)[e, 0] != page:
         # Privileged even at EL0, and PAN does not count (rule 30).
-        status, pa, ipa, _leaf, _leaf2, reads = translate(
-            frame_key(m, i), frame_slot(m, i), pool(m, i), NO_ZERO_RANGES, stages(m, i), va, WRITE | MARK_DIRTY
-        )
+        w = walk_row(m, i)
+        translate(frames(m, i), pool(m, i), NO_ZERO_RANGES, stages(m, i), w, va, WRITE | MARK_DIRTY)
         tr.walks += 1
-        tr.walk_reads += reads
-        if status != 0:
-            tr.fault_cause = _true_cause(m, i, status, ipa)
-            return status
+        tr.walk_reads += w.reads
+        pa = w.pa
+        ipa = w.address
+        if w.status != 0:
+            tr.fault_cause = _true_cause(m, i, w.status, ipa)
+            return w.status
         tlb(m, i, k)[e, 0] = page
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12

@@ -321,6 +321,7 @@ class Machine(NamedTuple):
     par: NDArray[np.void]  # PARAMS[N]
     vm: NDArray[np.void]  # VM[N]
     regime: NDArray[np.void]  # spepolicy.mmu.regime.STAGE[N, 3]: what the translation registers of the lane say
+    walk: NDArray[np.void]  # spepolicy.mmu.walker.STATE[N]: the walk that an SPU of the lane did last
     vcpu: NDArray[np.void]  # VCPU[N, V]
     truth: NDArray[np.void]  # TRUTH[N, V]
     window: NDArray[np.void]  # WINDOW[N, WINDOW_LOG]
@@ -335,8 +336,7 @@ class Machine(NamedTuple):
     pins: NDArray[np.int32]  # [N, V, 2, pages] guest page numbers that KVM holds pinned
     pool: Ints  # [N, P, 512] table pages: descriptors of both stages
     pool_refs: NDArray[np.int32]  # [N, P] valid entries in a stage 2 table page
-    frame_key: Ints  # [N, H] open-addressing hash: host frame number or -1
-    frame_slot: NDArray[np.int32]  # [N, H] table page that the frame holds
+    frames: Ints  # [N, H] hash of spepolicy.mmu.memory: which table page a host frame holds
     host_page: Ints  # [N, ram_pages] the VMM's page table: see spepolicy.machine.host. Last array that belongs to lanes
     # workload (spepolicy.machine.scenario.Workload)
     op_ps: Ints

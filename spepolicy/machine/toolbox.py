@@ -27,8 +27,7 @@ from spepolicy.machine.host import FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHAR
 from spepolicy.machine.kvm import inject
 from spepolicy.machine.rows import (
     claims,
-    frame_key,
-    frame_slot,
+    frames,
     host_page,
     params,
     pins,
@@ -100,7 +99,7 @@ def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
             break
         fresh[count] = page
         count += 1
-        slot = find(frame_key(m, i), frame_slot(m, i), host_page(m, i)[page] & 0xF_FFFF_FFFF)
+        slot = find(frames(m, i), host_page(m, i)[page] & 0xF_FFFF_FFFF)
         if slot < 0 or level == 3:
             break
         address = pool(m, i)[slot, (va >> level_shift(level)) & 511] & OA_MASK
@@ -128,7 +127,7 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
             va = page << 12
             if va >> 21 != table:
                 slot, _entry, steps = stage1_leaf(
-                    frame_key(m, i), frame_slot(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
+                    frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
                 )
                 reads += steps
                 table = va >> 21

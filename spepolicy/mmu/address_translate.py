@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spepolicy.arch.registers import FSC_EXTERNAL_ABORT_WALK
 from spepolicy.errors import ConfigurationError, nearest
-from spepolicy.jit import entry, jit, row
+from spepolicy.jit import entry, lean, row
 from spepolicy.mmu.attributes import (
     MAIR_RESERVED,
     SHAREABILITY_RESERVED,
@@ -24,15 +24,18 @@ from spepolicy.mmu.memory import Memory
 from spepolicy.mmu.refused import REGISTERS, check_registers, encoding_error
 from spepolicy.mmu.regime import LOWER, SECOND, STAGE, UPPER, set_stage1, set_stage2
 from spepolicy.mmu.walker import (
+    DONE,
     FSC_MASK,
     INTERMEDIATE,
     NOT_MODELLED,
     PAN,
     STAGE1,
+    STATE,
     USER,
     WALK,
     WRITE,
-    translate,
+    advance,
+    begin,
 )
 
 Ints = NDArray[np.int64]
@@ -65,14 +68,16 @@ _UNMODELLED = {
     _GRANULE1: "granule1",
     _GRANULE2: "granule2",
 }
+ABREAST = 8
 _THREADED_QUERIES = 1 << 13  # below this, starting threads costs more than it saves
 
 
-@jit
-def _answer(status: int, s: Any, second: Any, pa: int, leaf: int, leaf2: int) -> tuple[int, int]:
+@lean
+def _answer(s: Any, second: Any, w: Any) -> tuple[int, int]:
     """Return (PAR_EL1, 0), (0, syndrome of an external abort), or (0, a negative code of `_UNMODELLED`)."""
+    status = w.status
     if status == 0:
-        par = par_success(s, second, pa, leaf, leaf2)
+        par = par_success(s, second, w.pa, w.leaf, w.leaf2)
         # PAR_EL1 is negative as int64 too where ATTR has its top bit, but never so close to 0.
         return (0, par) if SHAREABILITY_RESERVED <= par <= MAIR_RESERVED else (par, 0)
     if status & NOT_MODELLED != 0:
@@ -84,24 +89,25 @@ def _answer(status: int, s: Any, second: Any, pa: int, leaf: int, leaf2: int) ->
 
 @entry
 def _decode(registers: Ints, regimes: Any, pan: Ints) -> None:
-    """Decode *registers* (int64[s, 9] in the order of REGISTERS) into *regimes* (STAGE[s, 3]) and *pan* (int64[s])."""
+    """Decode *registers* (int64[s, 9] in the order of REGISTERS) into *regimes* (STAGE[3 s]) and *pan* (int64[s])."""
     for n in range(registers.shape[0]):
         hcr, vtcr, tcr, sctlr = registers[n, 0], registers[n, 1], registers[n, 2], registers[n, 3]
         vttbr, ttbr0, ttbr1, mair = registers[n, 4], registers[n, 5], registers[n, 6], registers[n, 7]
-        set_stage1(row(regimes[n], LOWER), 0, ttbr0, tcr, mair, sctlr, hcr, 1)
-        set_stage1(row(regimes[n], UPPER), 1, ttbr1, tcr, mair, sctlr, hcr, 1)
-        set_stage2(row(regimes[n], SECOND), vttbr, vtcr, hcr, 1)
+        set_stage1(row(regimes, 3 * n + LOWER), 0, ttbr0, tcr, mair, sctlr, hcr, 1)
+        set_stage1(row(regimes, 3 * n + UPPER), 1, ttbr1, tcr, mair, sctlr, hcr, 1)
+        set_stage2(row(regimes, 3 * n + SECOND), vttbr, vtcr, hcr, 1)
         pan[n] = registers[n, 8]
 
 
-@entry
-def _translate_all(
-    frame_key: Ints,
-    frame_slot: NDArray[np.int32],
+@lean
+def _walk_all(
+    frames: Ints,
     pool: Ints,
     zero: Ints,
     regimes: Any,
     pan: Ints,
+    walks: Any,
+    abreast: int,
     access: Ints,
     va: Ints,
     space: Ints,
@@ -115,17 +121,54 @@ def _translate_all(
     reads = 0
     step = 1 if space.shape[0] > 1 else 0
     access_step = 1 if access.shape[0] > 1 else 0
-    for n in range(va.shape[0]):
-        which = space[n * step]
-        stages = regimes[which]
-        wanted = access[n * access_step]
-        if pan[which] == 0:
-            wanted &= ~PAN
-        status, pa, _ipa, leaf, leaf2, more = translate(frame_key, frame_slot, pool, zero, stages, va[n], wanted)
-        reads += more
-        s = row(stages, (va[n] >> 55) & 1)
-        par[n], syndrome[n] = _answer(status, s, row(stages, SECOND), pa, leaf, leaf2)
+    for first in range(0, va.shape[0], abreast):
+        count = min(abreast, va.shape[0] - first)
+        for j in range(count):
+            n = first + j
+            which = space[n * step]
+            wanted = access[n * access_step]
+            if pan[which] == 0:
+                wanted &= ~PAN
+            begin(row(regimes, 3 * which + ((va[n] >> 55) & 1)), row(walks, j), va[n], wanted)
+        under_way = True
+        while under_way:
+            under_way = False
+            for j in range(count):
+                w = row(walks, j)
+                if w.level != DONE:
+                    base = 3 * space[(first + j) * step]
+                    s = row(regimes, base + ((w.va >> 55) & 1))
+                    advance(frames, pool, zero, s, row(regimes, base + SECOND), w)
+                    under_way = True
+        for j in range(count):
+            w = row(walks, j)
+            reads += w.reads
+            base = 3 * space[(first + j) * step]
+            s = row(regimes, base + ((w.va >> 55) & 1))
+            par[first + j], syndrome[first + j] = _answer(s, row(regimes, base + SECOND), w)
     return reads
+
+
+@entry
+def _translate_all(
+    frames: Ints,
+    pool: Ints,
+    zero: Ints,
+    regimes: Any,
+    pan: Ints,
+    access: Ints,
+    va: Ints,
+    space: Ints,
+    par: Ints,
+    syndrome: Ints,
+    in_order: int,
+) -> int:
+    """Do `_walk_all`: in the order of the queries, or several at a time."""
+    walks = np.zeros(ABREAST, dtype=STATE)
+    # A walk is a chain of dependent loads. Several, taken in turns, let the processor overlap them; where a walk may
+    # change what the next one reads, they go one by one.
+    abreast = ABREAST if in_order == 0 else 1
+    return _walk_all(frames, pool, zero, regimes, pan, walks, abreast, access, va, space, par, syndrome)
 
 
 @overload
@@ -183,16 +226,17 @@ def at(
     registers = _registers(regs)
     spaces = _spaces(space, len(registers), len(addresses))
     access = _access(op, len(addresses))
-    regimes = np.zeros((len(registers), 3), dtype=STAGE)
+    regimes = np.zeros(3 * len(registers), dtype=STAGE)
     pan = np.zeros(len(registers), dtype=np.int64)
     _decode(registers, regimes, pan)
     par = np.zeros(len(addresses), dtype=np.int64)
     syndrome = np.zeros(len(addresses), dtype=np.int64)
 
+    in_order = int(regimes["hardware_af"].any())
+
     def part(lo: int, hi: int) -> None:
         _translate_all(
-            memory.frame_key,
-            memory.frame_slot,
+            memory.frames,
             memory.pool,
             memory.zero,
             regimes,
@@ -202,10 +246,11 @@ def at(
             spaces[lo:hi] if len(spaces) > 1 else spaces,
             par[lo:hi],
             syndrome[lo:hi],
+            in_order,
         )
 
     workers = threads or len(os.sched_getaffinity(0))
-    if workers == 1 or len(addresses) < _THREADED_QUERIES or regimes["hardware_af"].any():
+    if workers == 1 or len(addresses) < _THREADED_QUERIES or in_order:
         part(0, len(addresses))
     else:
         bounds = np.linspace(0, len(addresses), workers + 1).astype(int)

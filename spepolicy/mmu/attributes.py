@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.jit import jit
+from spepolicy.jit import lean
 from spepolicy.mmu.regime import ADDRESS_48
 from spepolicy.mmu.walker import FSC_MASK, STAGE2, WALK
 
@@ -31,12 +31,12 @@ STAGE2_TYPE_RESERVED = -2
 SHAREABILITY_RESERVED = -3
 
 
-@jit
+@lean
 def _is_device(attribute: int) -> bool:
     return attribute & 0xF0 == 0
 
 
-@jit
+@lean
 def _reserved(attribute: int) -> bool:
     """Tell whether a byte of MAIR_EL1 has no meaning without FEAT_XS and FEAT_MTE2."""
     if attribute & 0xF0 == 0:
@@ -44,7 +44,7 @@ def _reserved(attribute: int) -> bool:
     return attribute & 0xF == 0
 
 
-@jit
+@lean
 def effective_shareability(attribute: int, field: int) -> int:
     """Return SH as it counts: Device memory and Normal memory without any cache is Outer Shareable."""
     if _is_device(attribute) or attribute == NON_CACHEABLE:
@@ -52,7 +52,7 @@ def effective_shareability(attribute: int, field: int) -> int:
     return field
 
 
-@jit
+@lean
 def _combined_nibble(first: int, second: int) -> int:
     """Combine inner or outer cacheability: a stage 1 MAIR nibble with stage 2's NC (1), Write-through (2) or Write-back
     (3). Hints come from stage 1.
@@ -65,7 +65,7 @@ def _combined_nibble(first: int, second: int) -> int:
     return first & 0b1011
 
 
-@jit
+@lean
 def _combined(first: int, memattr: int) -> int:
     """Combine a stage 1 attribute with MemAttr of stage 2, or return STAGE2_TYPE_RESERVED."""
     if memattr & 0xC == 0:
@@ -79,13 +79,13 @@ def _combined(first: int, memattr: int) -> int:
     return (outer << 4) | _combined_nibble(first & 0xF, memattr & 3)
 
 
-@jit
+@lean
 def _forced_nibble(first: int, device: bool) -> int:
     # Write-back with the hints of stage 1, or all hints where it has none. Bit 2 makes Write-back of Write-through.
     return 0xF if device or first == _NIBBLE_NC else first | 4
 
 
-@jit
+@lean
 def _combined_forced(first: int, memattr: int) -> int:
     """Do what `_combined` does for the encoding of HCR_EL2.FWB: stage 2 overrides Normal types of stage 1."""
     if memattr & 8 != 0 or memattr == 4:
@@ -101,7 +101,7 @@ def _combined_forced(first: int, memattr: int) -> int:
     return (_forced_nibble((first >> 4) & 0xF, device_first) << 4) | _forced_nibble(first & 0xF, device_first)
 
 
-@jit
+@lean
 def _combined_shareability(first: int, second: int) -> int:
     """Return the wider of two shareabilities."""
     if first == OUTER_SHAREABLE or second == OUTER_SHAREABLE:
@@ -109,7 +109,7 @@ def _combined_shareability(first: int, second: int) -> int:
     return max(first, second)
 
 
-@jit
+@lean
 def par_success(s: Any, second: Any, pa: int, leaf: int, leaf2: int) -> int:
     """Return PAR_EL1 of a translation that succeeded with these leaves (0: that stage is off), or one of the negative
     codes of this module.
@@ -138,7 +138,7 @@ def par_success(s: Any, second: Any, pa: int, leaf: int, leaf2: int) -> int:
     return (signed << 56) | (pa & PAR_PA) | PAR_RES1 | PAR_NS | (field << 7)
 
 
-@jit
+@lean
 def par_fault(status: int) -> int:
     """Return PAR_EL1 of a fault with the walk's *status*."""
     par = PAR_FAULT | PAR_RES1 | ((status & FSC_MASK) << 1)

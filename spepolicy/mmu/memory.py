@@ -1,9 +1,8 @@
 """Sparse physical memory: the page frames that hold translation tables, in compiled code and, as `Memory`, for Python.
 
 Only frames with content take space. An open-addressing hash maps a frame number (PA >> 12) to a slot in a pool of pages
-of 512 descriptors; a frame that is not in it is ordinary memory whose content the machine does not need. All arrays are
-those of one lane: `frame_key int64[H]` (frame, -1 free, -2 deleted), `frame_slot int32[H]`, `pool int64[P, 512]`; H is
-a power of two.
+of 512 descriptors; a frame that is not in it is ordinary memory whose content the machine does not need. The arrays are
+those of one lane, or of one `Memory`: `frames int64[H]`, H a power of two, and `pool int64[P, 512 or more]`.
 """
 
 from __future__ import annotations
@@ -14,63 +13,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.errors import ConfigurationError
-from spepolicy.jit import entry, jit, widen
+from spepolicy.jit import entry, lean
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
 NO_ZERO_RANGES: Ints = np.zeros(0, dtype=np.int64)
 
-FREE = -1
-DELETED = -2
+# Words from one page to the next in the pool of `Memory`. The same entry of many tables would fall into the same few
+# sets of a cache if it were 512.
+ROW_WORDS = 520
+
+# A word of the hash: the frame number plus 1 in the low bits, its slot above them.
+SLOT_SHIFT = 37
+KEY = (1 << SLOT_SHIFT) - 1
+FREE = 0
+DELETED = -(1 << 63)
 
 
-@jit
+@lean
 def _bucket(frame: int, size: int) -> int:
-    # Table frames come in runs and scattered; the upper bits of a 31-bit product spread both.
-    return (((frame & 0x7FFF_FFFF) * 0x2C1B_3C6D) >> 20) & (size - 1)
+    # Table frames come in runs and scattered: upper bits of a product, of 36 and 27 bits, spread both.
+    return ((frame * 0x2C1_B3C7) >> 20) & (size - 1)
 
 
-@jit
-def find(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
+@lean
+def find(frames: Ints, frame: int) -> int:
     """Return the pool slot of *frame*, or -1 if the frame has no content."""
-    size = frame_key.shape[0]
+    size = frames.shape[0]
     bucket = _bucket(frame, size)
+    key = frame + 1
     while True:
-        key = frame_key[bucket]
-        if key == frame:
-            return widen(frame_slot[bucket])
-        if key == FREE:
+        word = frames[bucket]
+        if (word ^ key) & KEY == 0:
+            return word >> SLOT_SHIFT
+        if word == FREE:
             return -1
         bucket = (bucket + 1) & (size - 1)
 
 
-@jit
-def attach(frame_key: Ints, frame_slot: Slots, frame: int, slot: int) -> None:
+@lean
+def attach(frames: Ints, frame: int, slot: int) -> None:
     """Make *frame* hold the page in *slot*. The frame must not hold one already; H exceeds the number of slots."""
-    size = frame_key.shape[0]
+    size = frames.shape[0]
     bucket = _bucket(frame, size)
-    while frame_key[bucket] >= 0:
+    while frames[bucket] & KEY != 0:
         bucket = (bucket + 1) & (size - 1)
-    frame_key[bucket] = frame
-    frame_slot[bucket] = slot
+    frames[bucket] = (slot << SLOT_SHIFT) | (frame + 1)
 
 
-@jit
-def detach(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
+@lean
+def detach(frames: Ints, frame: int) -> int:
     """Take the content away from *frame* and return its slot, or -1 if it had none."""
-    size = frame_key.shape[0]
+    size = frames.shape[0]
     bucket = _bucket(frame, size)
-    while frame_key[bucket] != FREE:
-        if frame_key[bucket] == frame:
+    key = frame + 1
+    while frames[bucket] != FREE:
+        word = frames[bucket]
+        if (word ^ key) & KEY == 0:
             # A marker keeps longer probe sequences intact, unless the sequence ends here anyway.
-            frame_key[bucket] = FREE if frame_key[(bucket + 1) & (size - 1)] == FREE else DELETED
-            return widen(frame_slot[bucket])
+            frames[bucket] = FREE if frames[(bucket + 1) & (size - 1)] == FREE else DELETED
+            return word >> SLOT_SHIFT
         bucket = (bucket + 1) & (size - 1)
     return -1
 
 
-@jit
+@lean
 def reads_as_zero(zero: Ints, address: int) -> bool:
     """Tell whether *address*, in a frame without content, is in a range of *zero* (int64[2 z]: lo, hi, lo, hi ...)."""
     for n in range(0, zero.shape[0], 2):  # noqa: SIM110 - compiled code has no generators
@@ -80,21 +88,21 @@ def reads_as_zero(zero: Ints, address: int) -> bool:
 
 
 @entry
-def _attach_all(frame_key: Ints, frame_slot: Slots, frames: Ints, slot: int) -> int:
-    """Give *frames* the slots from *slot* on. Return the index of a frame that has one already, or -1."""
-    for n in range(frames.shape[0]):
-        if find(frame_key, frame_slot, frames[n]) >= 0:
+def _attach_all(frames: Ints, added: Ints, slot: int) -> int:
+    """Give the frames *added* the slots from *slot* on. Return the index of one that has a slot already, or -1."""
+    for n in range(added.shape[0]):
+        if find(frames, added[n]) >= 0:
             return n
-        attach(frame_key, frame_slot, frames[n], slot + n)
+        attach(frames, added[n], slot + n)
     return -1
 
 
 @entry
-def _copy_words(frame_key: Ints, frame_slot: Slots, pool: Ints, addresses: Ints, words: Ints, store: int) -> int:
+def _copy_words(frames: Ints, pool: Ints, addresses: Ints, words: Ints, store: int) -> int:
     """Load *words* from *addresses*, or store them. Return the index of the first address without a page, or -1."""
     missing = -1
     for n in range(addresses.shape[0]):
-        slot = find(frame_key, frame_slot, addresses[n] >> 12)
+        slot = find(frames, addresses[n] >> 12)
         if slot < 0:
             missing = n if missing < 0 else missing
         elif store != 0:
@@ -108,7 +116,7 @@ class Memory:
     """Sparse physical memory of 4 KiB pages, as the walker and the builder see it.
 
     Pages hold what was put there; addresses in *zero_ranges* exist and read as zero; at any other address a walk takes
-    an external abort. `frame_key`, `frame_slot`, `pool` and `zero` are the arrays of the functions above.
+    an external abort. `frames`, `pool` and `zero` are the arrays of the functions above.
     """
 
     def __init__(self, pages: int = 64, zero_ranges: Iterable[tuple[int, int]] = ()) -> None:
@@ -155,10 +163,10 @@ class Memory:
             )
         if self.used + count > len(self.pool):
             self._grow(self.used + count)
-        twice = _attach_all(self.frame_key, self.frame_slot, (addresses >> np.uint64(12)).view(np.int64), self.used)
+        twice = _attach_all(self.frames, (addresses >> np.uint64(12)).view(np.int64), self.used)
         if twice >= 0:
             raise ConfigurationError(f"page_addrs has {int(addresses[twice]):#x} twice. Remedy: give each page once.")
-        self.pool[self.used : self.used + count] = 0 if data is None else data.view(np.int64)
+        self.pool[self.used : self.used + count, :512] = 0 if data is None else data.view(np.int64)
         self.used += count
 
     def read(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -175,24 +183,22 @@ class Memory:
         """Return the addresses, uint64[m], of all pages in the order in which they came, and a copy of their content,
         uint64[m, 512].
         """
-        held = self.frame_key >= 0
-        frames = np.zeros(self.used, dtype=np.uint64)
-        frames[self.frame_slot[held]] = self.frame_key[held]
-        return frames << np.uint64(12), self.pool[: self.used].view(np.uint64).copy()
+        held = self.frames[self.frames & KEY != 0]
+        addresses = np.zeros(self.used, dtype=np.uint64)
+        addresses[held >> SLOT_SHIFT] = ((held & KEY) - 1) << 12
+        return addresses, self.pool[: self.used, :512].copy().view(np.uint64)
 
     def _copy(self, addresses: NDArray[np.uint64], words: Ints, store: int) -> None:
         where = np.ascontiguousarray(addresses, dtype=np.uint64).view(np.int64)
-        missing = _copy_words(self.frame_key, self.frame_slot, self.pool, where, words, store)
+        missing = _copy_words(self.frames, self.pool, where, words, store)
         if missing >= 0:
             raise ConfigurationError(
                 f"address {int(where[missing]):#x} is in no page of the memory. Remedy: add_pages."
             )
 
     def _allocate(self, pages: int) -> None:
-        size = 1 << (2 * pages).bit_length()
-        self.frame_key: Ints = np.full(size, FREE, dtype=np.int64)
-        self.frame_slot: Slots = np.zeros(size, dtype=np.int32)
-        self.pool: Ints = np.zeros((pages, 512), dtype=np.int64)
+        self.frames: Ints = np.zeros(1 << (2 * pages).bit_length(), dtype=np.int64)
+        self.pool: Ints = np.zeros((pages, ROW_WORDS), dtype=np.int64)
 
     def _grow(self, pages: int) -> None:
         addresses, data = self.pages()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spepolicy.jit import jit
+from spepolicy.jit import lean
 
 LOWER, UPPER, SECOND = range(3)
 PA_BITS = 48  # PARange: the physical address size that is implemented
@@ -31,6 +31,7 @@ index_mask      2**stride - 1
 base            address of the first table, or of the first of concatenated tables
 output_mask     bits of a descriptor that are an address
 output_bits     size of the output address: beyond it is an address size fault
+oversize        bits of a descriptor that are an address beyond that size
 blocks          bit L: level L may hold blocks
 hardware_af     AF=0 makes hardware set it and is no fault (HA)
 hardware_dirty  DBM=1 makes an entry writable (HA and HD)
@@ -55,7 +56,7 @@ SCTLR_M, SCTLR_EE, SCTLR_EPAN = 1 << 0, 1 << 25, 1 << 57
 ADDRESS_48 = (1 << 48) - 1
 
 
-@jit
+@lean
 def address_bits(field: int) -> int:
     """Return the address size that TCR_EL1.IPS or VTCR_EL2.PS stands for, at most PA_BITS."""
     if field >= 5:
@@ -69,7 +70,7 @@ def address_bits(field: int) -> int:
     return 36 if field == 1 else 32
 
 
-@jit
+@lean
 def _set_granule(s: Any, granule: int) -> None:
     """Set what follows from the granule, as the number of its address bits (0: a reserved encoding)."""
     s.reserved = 1 if granule == 0 else 0
@@ -82,7 +83,7 @@ def _set_granule(s: Any, granule: int) -> None:
     s.blocks = 0b110 if granule == 12 else 0b100
 
 
-@jit
+@lean
 def _set_start(s: Any, input_bits: int, level: int, ttbr: int) -> None:
     """Set the first lookup. The table, or the concatenated tables, are aligned to their size: low bits are ignored."""
     s.input_bits = input_bits
@@ -92,7 +93,7 @@ def _set_start(s: Any, input_bits: int, level: int, ttbr: int) -> None:
     s.base = ttbr & ADDRESS_48 & ~1 & ~((1 << size_bits) - 1)
 
 
-@jit
+@lean
 def set_stage1(s: Any, upper: int, ttbr: int, tcr: int, mair: int, sctlr: int, hcr: int, updates: int) -> None:
     """Decode one half of stage 1 into the zeroed row *s*: TTBR0_EL1's, or with *upper* TTBR1_EL1's.
 
@@ -113,7 +114,7 @@ def set_stage1(s: Any, upper: int, ttbr: int, tcr: int, mair: int, sctlr: int, h
         size = 16
     input_bits = 64 - size
     _set_start(s, input_bits, 3 - (input_bits - 1 - (s.stride + 3)) // s.stride, ttbr)
-    s.output_bits = address_bits((tcr >> 32) & 7)
+    _set_output(s, (tcr >> 32) & 7)
     s.ignore_top = (tcr >> (37 + upper)) & 1
     s.hardware_af = (tcr >> 39) & updates
     s.hardware_dirty = (tcr >> 40) & s.hardware_af
@@ -124,7 +125,13 @@ def set_stage1(s: Any, upper: int, ttbr: int, tcr: int, mair: int, sctlr: int, h
     s.mair = mair
 
 
-@jit
+@lean
+def _set_output(s: Any, field: int) -> None:
+    s.output_bits = address_bits(field)
+    s.oversize = s.output_mask & ~((1 << s.output_bits) - 1)
+
+
+@lean
 def _stage2_start(granule: int, field: int) -> int:
     """Return the level that VTCR_EL2.SL0 stands for, or -1 where it is reserved."""
     if field == 3:
@@ -132,7 +139,7 @@ def _stage2_start(granule: int, field: int) -> int:
     return 2 - field if granule == 12 else 3 - field
 
 
-@jit
+@lean
 def set_stage2(s: Any, vttbr: int, vtcr: int, hcr: int, updates: int) -> None:
     """Decode stage 2 into the zeroed row *s*. *updates* as for `set_stage1`."""
     s.on = 1 if hcr & (HCR_VM | HCR_DC) != 0 else 0
@@ -148,7 +155,7 @@ def set_stage2(s: Any, vttbr: int, vtcr: int, hcr: int, updates: int) -> None:
         s.closed = 1
         level, input_bits = 3, s.stride + 4
     _set_start(s, input_bits, level, vttbr)
-    s.output_bits = address_bits((vtcr >> 16) & 7)
+    _set_output(s, (vtcr >> 16) & 7)
     s.hardware_af = (vtcr >> 21) & updates
     s.hardware_dirty = (vtcr >> 22) & s.hardware_af
     s.no_device_walk = 1 if hcr & HCR_PTW != 0 else 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import jit
+from spepolicy.jit import lean
 from spepolicy.mmu.memory import attach, find
 from spepolicy.mmu.walker import AF, OA_MASK, S2_READ, S2_WRITE, TABLE, VALID, level_shift
 
@@ -29,8 +29,8 @@ TABLE_DESCRIPTOR = VALID | TABLE
 STAGE2_FRAME0 = 1 << 30
 
 
-@jit
-def new_table(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints) -> int:
+@lean
+def new_table(vm: Any, frames: Ints, pool: Ints) -> int:
     """Take a zeroed stage 2 table page; return its slot. Its frame is STAGE2_FRAME0 + slot."""
     slot = vm.pool_free
     if slot >= 0:
@@ -38,24 +38,24 @@ def new_table(vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints) -> int:
     else:
         slot = vm.pool_used
         vm.pool_used += 1
-        attach(frame_key, frame_slot, STAGE2_FRAME0 + slot, slot)
+        attach(frames, STAGE2_FRAME0 + slot, slot)
     pool[slot, :] = 0
     return slot
 
 
-@jit
+@lean
 def _free_table(vm: Any, pool: Ints, slot: int) -> None:
     pool[slot, 0] = vm.pool_free
     vm.pool_free = slot
 
 
-@jit
+@lean
 def _own_slot(address: int) -> int:
     """Return the slot of one of KVM's table pages: software reaches them by the linear map, without the hash."""
     return (address >> 12) - STAGE2_FRAME0
 
 
-@jit
+@lean
 def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
     """Return (slot, entry) of the level 3 descriptor for *ipa*, or (-1, level) if the walk ends earlier."""
     level = 2 - ((vtcr >> 6) & 3)
@@ -72,7 +72,7 @@ def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
         address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
 
 
-@jit
+@lean
 def middle_table(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> int:
     """Return the slot of the level 2 table that covers the 1 GiB of *ipa*, or -1 if there is none."""
     level = 2 - ((vtcr >> 6) & 3)
@@ -86,7 +86,7 @@ def middle_table(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> int:
     return _own_slot(address)
 
 
-@jit
+@lean
 def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
     """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if it has no level 3 table."""
     descriptor = pool[middle, (ipa >> 21) & 511]
@@ -95,10 +95,8 @@ def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
     return pool[_own_slot(descriptor & OA_MASK), (ipa >> 12) & 511]
 
 
-@jit
-def map_stage2(
-    vm: Any, frame_key: Ints, frame_slot: Slots, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int
-) -> int:
+@lean
+def map_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int) -> int:
     """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid
     one.
     """
@@ -111,7 +109,7 @@ def map_stage2(
         if level == 3:
             break
         if descriptor & VALID == 0:
-            table = new_table(vm, frame_key, frame_slot, pool)
+            table = new_table(vm, frames, pool)
             descriptor = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
             pool[slot, entry] = descriptor
             refs[slot] += 1
@@ -129,7 +127,7 @@ def map_stage2(
     return 2
 
 
-@jit
+@lean
 def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
     """Remove one page at stage 2 and free tables that are empty then. Return 1 if it was mapped."""
     top = 2 - ((vm.vtcr >> 6) & 3)
@@ -156,7 +154,7 @@ def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
     return 1
 
 
-@jit
+@lean
 def _free_upwards(
     vm: Any, pool: Ints, refs: Slots, slots: tuple[int, int, int, int], entries: tuple[int, int, int, int], top: int
 ) -> None:
@@ -170,9 +168,9 @@ def _free_upwards(
         refs[slots[1]] -= 1
 
 
-@jit
+@lean
 def stage1_leaf(
-    frame_key: Ints, frame_slot: Slots, pool: Ints, host_frames: Ints, ram_page0: int, ttbr1: int, va: int
+    frames: Ints, pool: Ints, host_frames: Ints, ram_page0: int, ttbr1: int, va: int
 ) -> tuple[int, int, int]:
     """Find the level 3 descriptor of *va* the way software does: through the host's mapping of guest memory, not stage
     2.
@@ -186,7 +184,7 @@ def stage1_leaf(
         page = (address >> 12) - ram_page0
         if page < 0 or page >= host_frames.shape[0]:
             return -1, 0, level
-        slot = find(frame_key, frame_slot, host_frames[page] & 0xF_FFFF_FFFF)
+        slot = find(frames, host_frames[page] & 0xF_FFFF_FFFF)
         entry = (va >> level_shift(level)) & 511
         if slot < 0 or level == 3:
             return slot, entry, level + 1

@@ -24,9 +24,9 @@ from spepolicy.arch.registers import (
     FSC_PERMISSION,
     FSC_TRANSLATION,
 )
-from spepolicy.jit import inline, jit, row
+from spepolicy.jit import inline, lean, row
 from spepolicy.mmu.memory import find, reads_as_zero
-from spepolicy.mmu.regime import ADDRESS_48, PA_BITS, SECOND
+from spepolicy.mmu.regime import PA_BITS, SECOND
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -60,31 +60,36 @@ TABLE_NO_USER = 1 << 61  # APTable[0]
 TABLE_READ_ONLY = 1 << 62  # APTable[1]
 OA_MASK = 0x0000_FFFF_FFFF_F000  # output address of a page or table, 48-bit PA, 4 KiB granule
 PAGE_MASK = 0xFFF
+# What a descriptor is, if it is no fault: above every FSC.
+NEXT_TABLE = 0x100
+LEAF = 0x200
 
 
-@jit
+@lean
 def level_shift(level: int) -> int:
     """Return the lowest input address bit that indexes a table of *level* (4 KiB granule: 9 bits a level)."""
     return 12 + 9 * (3 - level)
 
 
 @inline
-def _bad(s: Any, descriptor: int, level: int, stage: int) -> int:
-    """Return the status of a descriptor that ends the walk of stage *s*, 0 for one that does not."""
-    if descriptor & VALID == 0 or (descriptor & TABLE == 0 and (s.blocks >> level) & 1 == 0):
-        return stage | FSC_TRANSLATION | level
-    if (descriptor & s.output_mask) >> s.output_bits != 0:
-        return stage | FSC_ADDRESS_SIZE | level
-    return 0
+def _kind(s: Any, descriptor: int, level: int) -> int:
+    """Return what a descriptor of stage *s* is: LEAF, NEXT_TABLE, or the FSC of a fault."""
+    if descriptor & (VALID | TABLE) == VALID | TABLE:
+        kind = LEAF if level == 3 else NEXT_TABLE
+    elif descriptor & VALID != 0 and (s.blocks >> level) & 1 != 0:
+        kind = LEAF
+    else:
+        return FSC_TRANSLATION | level
+    return FSC_ADDRESS_SIZE | level if descriptor & s.oversize != 0 else kind
 
 
-@jit
+@lean
 def _is_device(s: Any, leaf: int) -> bool:
     """Tell whether a stage 2 leaf makes the Normal memory that stage 1 tables are in Device memory."""
     return leaf & ((1 << 4) if s.forced_type != 0 else S2_NORMAL) == 0
 
 
-@jit
+@lean
 def _stage2_writable(s: Any, leaf: int) -> bool:
     return leaf & S2_WRITE != 0 or (s.hardware_dirty != 0 and leaf & DBM != 0)
 
@@ -106,7 +111,7 @@ def _stage2_fault(s: Any, leaf: int, write: int, walk: int) -> int:
 
 @inline
 def stage2(
-    frame_key: Ints, frame_slot: Slots, pool: Ints, zero: Ints, s: Any, ipa: int, access: int, walk: int
+    frames: Ints, pool: Ints, zero: Ints, s: Any, ipa: int, access: int, walk: int
 ) -> tuple[int, int, int, int, int, int]:
     """Translate *ipa* by the stage 2 row *s*, for data or with *walk* for a stage 1 descriptor.
 
@@ -122,24 +127,24 @@ def stage2(
     level = s.start
     shift = s.start_shift
     address = s.base + (ipa >> shift) * 8  # concatenated root tables are one larger table
-    reads = 0
     while True:
-        slot = find(frame_key, frame_slot, address >> 12)
-        reads += 1
+        slot = find(frames, address >> 12)
         if slot < 0:
+            reads = level - s.start + 1
             if reads_as_zero(zero, address):
                 return STAGE2 | FSC_TRANSLATION | level, 0, 0, 0, 0, reads
             return STAGE2 | FSC_EXTERNAL_ABORT_WALK | level, 0, 0, 0, 0, reads
         entry = (address & PAGE_MASK) >> 3
         descriptor = pool[slot, entry]
-        status = _bad(s, descriptor, level, STAGE2)
-        if status != 0:
-            return status, 0, 0, 0, 0, reads
-        if level == 3 or descriptor & TABLE == 0:
+        kind = _kind(s, descriptor, level)
+        if kind != NEXT_TABLE:
             break
         level += 1
         shift -= s.stride
         address = (descriptor & s.output_mask) + ((ipa >> shift) & s.index_mask) * 8
+    reads = level - s.start + 1
+    if kind != LEAF:
+        return STAGE2 | kind, 0, 0, 0, 0, reads
     fault = _stage2_fault(s, descriptor, access & WRITE, walk)
     if fault != 0:
         return STAGE2 | fault | level, 0, 0, 0, 0, reads
@@ -152,7 +157,7 @@ def stage2(
     return 0, (descriptor & s.output_mask & ~offset) | (ipa & offset), new, level, slot * 512 + entry, reads
 
 
-@jit
+@lean
 def _stage1_writable(s: Any, leaf: int, inherited: int) -> bool:
     if inherited & TABLE_READ_ONLY != 0:
         return False
@@ -178,7 +183,7 @@ def _stage1_fault(s: Any, leaf: int, inherited: int, access: int) -> int:
     return 0
 
 
-@jit
+@lean
 def _updated(s: Any, leaf: int, access: int) -> int:
     """Return what hardware makes of a stage 1 leaf by an access that it allows."""
     new = leaf | AF
@@ -187,7 +192,7 @@ def _updated(s: Any, leaf: int, access: int) -> int:
     return new
 
 
-@jit
+@lean
 def swap_bytes(word: int) -> int:
     """Return the 64-bit *word* with its bytes in the other order."""
     low = ((word & 0x00FF_00FF_00FF_00FF) << 8) | ((word >> 8) & 0x00FF_00FF_00FF_00FF)
@@ -195,94 +200,147 @@ def swap_bytes(word: int) -> int:
     return (low << 32) | ((low >> 32) & 0xFFFF_FFFF)
 
 
+# A walk under way. `level` is 0 to 3: a stage 1 descriptor of that level is next; DATA; or DONE.
+DATA = 4
+DONE = 5
+
+_STATE = """
+va          input address
+access      what it is for: WRITE, USER, ...
+level       see DATA, DONE
+status      0, or why the walk ended
+address     next to go through stage 2: of a descriptor, or of the data. At the end the IPA, of the fault if it is one
+            of stage 2
+shift       lowest bit of va that indexes a table of `level`
+inherited   table descriptors so far, ORed
+leaf        stage 1 leaf, 0 where stage 1 is off
+leaf2       stage 2 leaf of the data, 0 where stage 2 is off
+pa          output address
+reads       descriptors read
+"""
+STATE = np.dtype([(line.split()[0], np.int64) for line in _STATE.strip().splitlines() if not line.startswith(" ")])
+
+
 @inline
-def _stage1_entry(s: Any, va: int, access: int) -> tuple[int, int, int]:
-    """Check *va* against stage 1 row *s*. Return (status, address of the first descriptor or of the data, level): level
-    4 if stage 1 is off.
-    """
+def begin(s: Any, w: Any, va: int, access: int) -> None:
+    """Start the walk *w* (a row of STATE) for *va*, which is in the half of stage 1 that *s* describes."""
     upper = (va >> 55) & 1
+    w.va = va
+    w.access = access
+    w.status = 0
+    w.level = DONE
+    w.address = 0
+    w.inherited = 0
+    w.leaf = 0
+    w.leaf2 = 0
+    w.pa = 0
+    w.reads = 0
     if s.ignore_top != 0:
         va = (va << 8) >> 8
     if s.on == 0:
         # Flat: the address must fit the implemented PA size (spe.md 6.3).
         if va >> PA_BITS != 0:
-            return STAGE1 | FSC_ADDRESS_SIZE, 0, 0
-        return 0, va & ADDRESS_48, 4
+            w.status = STAGE1 | FSC_ADDRESS_SIZE
+            return
+        w.address = va
+        w.pa = va
+        w.level = DATA
+        return
     if s.closed != 0 or va >> s.input_bits != -upper or (access & USER != 0 and s.no_user != 0):
-        return STAGE1 | FSC_TRANSLATION, 0, 0
-    if s.reserved != 0:
-        return NOT_MODELLED | STAGE1, 0, 0
-    if s.base >> s.output_bits != 0:
-        return STAGE1 | FSC_ADDRESS_SIZE, 0, 0
-    index = (va & ((1 << s.input_bits) - 1)) >> s.start_shift
-    return 0, s.base + index * 8, s.start
+        w.status = STAGE1 | FSC_TRANSLATION
+    elif s.reserved != 0:
+        w.status = NOT_MODELLED | STAGE1
+    elif s.base >> s.output_bits != 0:
+        w.status = STAGE1 | FSC_ADDRESS_SIZE
+    else:
+        index = (va & ((1 << s.input_bits) - 1)) >> s.start_shift
+        w.address = s.base + index * 8
+        w.level = s.start
+        w.shift = s.start_shift
 
 
-@jit
-def translate(
-    frame_key: Ints, frame_slot: Slots, pool: Ints, zero: Ints, stages: Any, va: int, access: int
-) -> tuple[int, int, int, int, int, int]:
-    """Translate *va* through both stages of the regime *stages* (STAGE[3]) in the memory of the first four arguments
-    (`spepolicy.mmu.memory`).
-
-    Return (status, PA, IPA, stage 1 leaf, stage 2 leaf, descriptors read). A leaf is 0 where its stage is off. The IPA
-    of a stage 2 fault is the one that faulted. Descriptors change where hardware manages flags.
+@inline
+def advance(frames: Ints, pool: Ints, zero: Ints, s: Any, second: Any, w: Any) -> None:
+    """Take the walk *w*, which is not DONE, one stage 1 descriptor further, or through stage 2 for the data. *s* and
+    *second* are the rows of STAGE for its half of stage 1 and for stage 2.
     """
-    second = row(stages, SECOND)
-    s = row(stages, (va >> 55) & 1)
-    status, address, level = _stage1_entry(s, va, access)
-    if status != 0:
-        return status, 0, 0, 0, 0, 0
-    shift = s.start_shift
-    inherited = 0
-    leaf = 0
-    reads = 0
-    while True:
-        # The one place that stage 2 is entered from: with the address of a stage 1 descriptor, or at level 4 of data.
-        pa, leaf2, level2, place = address, 0, 0, 0
-        if level == 4 and access & INTERMEDIATE != 0:
-            return 0, address, address, leaf, 0, reads
-        if second.on != 0:
-            walk = 1 if level != 4 else 0
-            wanted = access if level == 4 else 0
-            status, pa, leaf2, level2, place, more = stage2(
-                frame_key, frame_slot, pool, zero, second, address, wanted, walk
-            )
-            reads += more
-            if status != 0:
-                return status | (WALK if level != 4 else 0), 0, address, 0, 0, reads
-        if level == 4:
-            return 0, pa, address, leaf, leaf2, reads
-        slot = find(frame_key, frame_slot, pa >> 12)
-        reads += 1
-        if slot < 0:
-            kind = FSC_TRANSLATION if reads_as_zero(zero, pa) else FSC_EXTERNAL_ABORT_WALK
-            return STAGE1 | kind | level, 0, 0, 0, 0, reads
-        entry = (pa & PAGE_MASK) >> 3
-        descriptor = pool[slot, entry]
-        if s.big_endian != 0:
-            descriptor = swap_bytes(descriptor)
-        status = _bad(s, descriptor, level, STAGE1)
+    level = w.level
+    address = w.address
+    if level == DATA and w.access & INTERMEDIATE != 0:
+        w.level = DONE
+        return
+    pa, leaf2, level2, place = address, 0, 0, 0
+    if second.on != 0:
+        access = w.access if level == DATA else 0
+        walk = WALK if level != DATA else 0
+        status, pa, leaf2, level2, place, more = stage2(frames, pool, zero, second, address, access, walk)
+        w.reads += more
         if status != 0:
-            return status, 0, 0, 0, 0, reads
-        if level != 3 and descriptor & TABLE != 0:
-            if s.inherit != 0:
-                inherited |= descriptor
-            level += 1
-            shift -= s.stride
-            address = (descriptor & s.output_mask) + ((va >> shift) & s.index_mask) * 8
-            continue
-        fault = _stage1_fault(s, descriptor, inherited, access)
-        if fault != 0:
-            return STAGE1 | fault | level, 0, 0, 0, 0, reads
-        leaf = _updated(s, descriptor, access)
-        if leaf != descriptor:
-            if second.on != 0:
-                # The update is a write to the table, which stage 2 must allow, and which makes that page dirty.
-                if not _stage2_writable(second, leaf2):
-                    return STAGE2 | WALK | FSC_PERMISSION | level2, 0, address, 0, 0, reads
-                pool[place >> 9, place & 511] = leaf2 | S2_WRITE
-            pool[slot, entry] = swap_bytes(leaf) if s.big_endian != 0 else leaf
-        offset = (1 << shift) - 1
-        address = (descriptor & s.output_mask & ~offset) | (va & offset)
-        level = 4
+            w.status = status | walk
+            w.level = DONE
+            return
+    if level == DATA:
+        w.pa = pa
+        w.leaf2 = leaf2
+        w.level = DONE
+        return
+    slot = find(frames, pa >> 12)
+    w.reads += 1
+    if slot < 0:
+        code = FSC_TRANSLATION if reads_as_zero(zero, pa) else FSC_EXTERNAL_ABORT_WALK
+        _end_in_stage1(w, code | level)
+        return
+    entry = (pa & PAGE_MASK) >> 3
+    descriptor = pool[slot, entry]
+    if s.big_endian != 0:
+        descriptor = swap_bytes(descriptor)
+    kind = _kind(s, descriptor, level)
+    if kind == NEXT_TABLE:
+        if s.inherit != 0:
+            w.inherited |= descriptor
+        w.level = level + 1
+        shift = w.shift - s.stride
+        w.shift = shift
+        w.address = (descriptor & s.output_mask) + ((w.va >> shift) & s.index_mask) * 8
+        return
+    if kind != LEAF:
+        _end_in_stage1(w, kind)
+        return
+    fault = _stage1_fault(s, descriptor, w.inherited, w.access)
+    if fault != 0:
+        _end_in_stage1(w, fault | level)
+        return
+    new = _updated(s, descriptor, w.access)
+    if new != descriptor:
+        if second.on != 0:
+            # The update is a write to the table, which stage 2 must allow, and which makes that page dirty.
+            if not _stage2_writable(second, leaf2):
+                w.status = STAGE2 | WALK | FSC_PERMISSION | level2
+                w.level = DONE
+                return
+            pool[place >> 9, place & 511] = leaf2 | S2_WRITE
+        pool[slot, entry] = swap_bytes(new) if s.big_endian != 0 else new
+    offset = (1 << w.shift) - 1
+    w.leaf = new
+    w.address = (descriptor & s.output_mask & ~offset) | (w.va & offset)
+    w.pa = w.address
+    w.level = DATA
+
+
+@inline
+def _end_in_stage1(w: Any, code: int) -> None:
+    w.status = STAGE1 | code
+    w.address = 0
+    w.level = DONE
+
+
+@lean
+def translate(frames: Ints, pool: Ints, zero: Ints, stages: Any, w: Any, va: int, access: int) -> None:
+    """Translate *va* through both stages of the regime *stages* (STAGE[3]) in the memory of the first four arguments
+    (`spepolicy.mmu.memory`). *w*, a row of STATE, holds the result. Descriptors change where hardware manages flags.
+    """
+    s = row(stages, (va >> 55) & 1)
+    second = row(stages, SECOND)
+    begin(s, w, va, access)
+    while w.level != DONE:
+        advance(frames, pool, zero, s, second, w)
