@@ -18,6 +18,7 @@ import numpy as np
 from spepolicy.jit import jit, widen
 from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.pagetables import ipa_leaf, map_ipa, unmap_ipa
 from spepolicy.machine.rows import (
     exponential,
     frames,
@@ -37,7 +38,6 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.state import NEVER, Machine
 from spepolicy.mmu.memory import attach, detach
-from spepolicy.mmu.tables import map_stage2, stage2_leaf, unmap_stage2
 from spepolicy.mmu.walker import AF, S2_WRITE
 
 FRAME = 0xF_FFFF_FFFF
@@ -175,7 +175,7 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
     # A page that a read brings back from swap is mapped read-only (recording swap: 11075 of 11206 maps).
     writable = 0 if word & SHARED != 0 or (swapped and write == 0) else 1
     ipa = (par.ram_page0 + page) << 12
-    change = map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, word & FRAME, writable)
+    change = map_ipa(m, i, ipa, word & FRAME, writable)
     if change != 0:
         vm.stage2_maps += 1
     if change == 2:
@@ -190,9 +190,8 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
 @jit
 def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
     """The guest's CPU accesses *page*: an ordinary stage 2 fault if it is not mapped. Return 1 if it was one."""
-    vm = vm_row(m, i)
     par = params(m, i)
-    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12)
+    slot, entry = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
     if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and (write == 0 or pool(m, i)[slot, entry] & S2_WRITE != 0):
         pool(m, i)[slot, entry] |= AF  # hardware access flag of the CPU, VTCR_EL2.HA
         return 0
@@ -202,9 +201,8 @@ def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
 
 @jit
 def _edit_leaf(m: Machine, i: int, page: int, clear: int) -> None:
-    vm = vm_row(m, i)
     par = params(m, i)
-    slot, entry = stage2_leaf(pool(m, i), vm.vttbr, vm.vtcr, (par.ram_page0 + page) << 12)
+    slot, entry = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
     if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0:
         pool(m, i)[slot, entry] &= ~clear
         invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
@@ -234,7 +232,7 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
             vm.notifier_ignored += 1
         else:
             ipa = (par.ram_page0 + page) << 12
-            if unmap_stage2(vm, pool(m, i), pool_refs(m, i), ipa) != 0:
+            if unmap_ipa(m, i, ipa) != 0:
                 vm.stage2_unmapped += 1
                 word = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
                 invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
@@ -257,7 +255,7 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
     for page in range(first, last):
         ipa = (par.ram_page0 + page) << 12
         if page == first or ipa & 0x1F_FFFF == 0:
-            slot, _entry = stage2_leaf(tables, vm.vttbr, vm.vtcr, ipa)
+            slot, _entry = ipa_leaf(m, i, ipa)
         word = words[page]
         if word & HOLE != 0:
             continue
@@ -269,7 +267,7 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
             words[page] = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
             vm.stage2_unmapped += 1
             if refs[slot] == 1:
-                unmap_stage2(vm, tables, refs, ipa)  # the last entry: frees the table
+                unmap_ipa(m, i, ipa)  # the last entry: frees the table
                 slot = -1
             else:
                 tables[slot, (ipa >> 12) & 511] = 0
@@ -294,7 +292,7 @@ def _change_backing(m: Machine, i: int, page: int, word: int, effect: int) -> in
     if effect & SHARE != 0:
         word = _set_frame(m, i, page, word, KSM_FRAME, 0) | SHARED
         ipa = (par.ram_page0 + page) << 12
-        map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, KSM_FRAME, 0)
+        map_ipa(m, i, ipa, KSM_FRAME, 0)
     if effect & REPLACE != 0:
         if word & PIN_MASK != 0:
             vm.stale_pins += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.jit import jit, row
+from spepolicy.jit import jit
 from spepolicy.machine.host import (
     GONE_MASK,
     PRESENT,
@@ -18,24 +18,33 @@ from spepolicy.machine.host import (
     ROLE_SHIFT,
     ROLE_TABLE,
 )
+from spepolicy.machine.pagetables import map_ipa, unmap_ipa
 from spepolicy.machine.rows import (
     frames,
     host_page,
     params,
     pool,
     pool_refs,
-    stages,
+    regime_row,
     vcpu_row,
     vm_row,
 )
 from spepolicy.machine.state import Machine
 from spepolicy.mmu.memory import attach, find
 from spepolicy.mmu.regime import HCR_PTW, HCR_VM, LOWER, SCTLR_M, SECOND, UPPER, set_stage1, set_stage2
-from spepolicy.mmu.tables import S1_LEAF, S2_LEAF, STAGE2_FRAME0, TABLE_DESCRIPTOR, map_stage2, new_table, unmap_stage2
-from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID, level_shift
+from spepolicy.mmu.tables import (
+    S1_LEAF,
+    S2_LEAF,
+    STAGE2_FRAME0,
+    TABLE_DESCRIPTOR,
+    kvm_vtcr,
+    level_shift,
+    new_table,
+)
+from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID
 
 # KVM's VTCR_EL2 for the default 40-bit IPA: start at level 1 with two concatenated root tables, HA set (mmu.md 6.5).
-VTCR_40BIT = 0x802D_3558
+VTCR_40BIT = kvm_vtcr(40)
 ROOT_TABLES = 2
 
 # What Linux programs for a kernel of 4 KiB pages and 48-bit addresses: T1SZ 16, TG1 4 KiB, IPS 48 bits. TTBR0_EL1 is
@@ -92,7 +101,7 @@ def _map_stage1(m: Machine, i: int, va: int, page: int) -> None:
     address = vm.ttbr1 & OA_MASK
     for level in range(3):
         slot = find(frames(m, i), address >> 12)
-        entry = (va >> level_shift(level)) & 511
+        entry = (va >> level_shift(regime_row(m, i, UPPER), level)) & 511
         if pool(m, i)[slot, entry] & VALID == 0:
             table = _guest_table(m, i, ROLE_HOT if level < 2 else ROLE_TABLE)
             pool(m, i)[slot, entry] = ((par.ram_page0 + table) << 12) | TABLE_DESCRIPTOR
@@ -109,7 +118,7 @@ def _map_all_ram(m: Machine, i: int) -> None:
     tables = pool(m, i)
     for first in range(0, par.ram_pages, 512):
         ipa = (par.ram_page0 + first) << 12
-        map_stage2(vm, frames(m, i), pool(m, i), pool_refs(m, i), ipa, RAM_FRAME0 + first, 1)
+        map_ipa(m, i, ipa, RAM_FRAME0 + first, 1)
         slot = vm.pool_used - 1
         count = min(par.ram_pages - first, 512)
         table = tables[slot]
@@ -120,16 +129,26 @@ def _map_all_ram(m: Machine, i: int) -> None:
 
 
 @jit
-def _decode_regime(m: Machine, i: int) -> None:
-    """Decode the translation registers of lane *i* for its SPU, which updates descriptors only if PMBIDR_EL1.F is 1."""
+def _decode_stage1(m: Machine, i: int) -> None:
+    """Decode what the SPU sees of the guest's TCR_EL1 and TTBR1_EL1."""
     vm = vm_row(m, i)
     par = params(m, i)
     hcr = HCR_GUEST if par.virtualized != 0 else 0
-    updates = par.hardware_access_flag
     for half in range(LOWER, UPPER + 1):
         ttbr = vm.ttbr1 if half == UPPER else 0
-        set_stage1(row(stages(m, i), half), half, ttbr, TCR_EL1, MAIR_EL1, SCTLR_M, hcr, updates)
-    set_stage2(row(stages(m, i), SECOND), vm.vttbr, vm.vtcr, hcr, updates)
+        row = regime_row(m, i, half)
+        set_stage1(row, half, ttbr, TCR_EL1, MAIR_EL1, SCTLR_M, hcr, par.hardware_access_flag)
+
+
+@jit
+def _decode_stage2(m: Machine, i: int) -> None:
+    """Decode what the SPU sees of KVM's registers. It updates descriptors only if PMBIDR_EL1.F is 1."""
+    vm = vm_row(m, i)
+    par = params(m, i)
+    hcr = HCR_GUEST if par.virtualized != 0 else 0
+    s = regime_row(m, i, SECOND)
+    set_stage2(s, vm.vttbr, vm.vtcr, hcr, par.hardware_access_flag)
+    s.linear_frame = STAGE2_FRAME0
 
 
 @jit
@@ -145,9 +164,10 @@ def build_memory(m: Machine, i: int) -> None:
             new_table(vm, frames(m, i), pool(m, i))
         vm.vttbr = STAGE2_FRAME0 << 12
         vm.vtcr = VTCR_40BIT
+        _decode_stage2(m, i)
         _map_all_ram(m, i)
     vm.ttbr1 = (par.ram_page0 + _guest_table(m, i, ROLE_HOT)) << 12
-    _decode_regime(m, i)
+    _decode_stage1(m, i)
     for k in range(par.vcpus):
         v = vcpu_row(m, i, k)
         v.buffer_va = BUFFER_VA0 + (k << BUFFER_WINDOW_SHIFT)
@@ -157,4 +177,4 @@ def build_memory(m: Machine, i: int) -> None:
             host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (ROLE_BUFFER << ROLE_SHIFT)
             if par.virtualized != 0 and par.buffer_mapped == 0:
                 ipa = (par.ram_page0 + page) << 12
-                unmap_stage2(vm, pool(m, i), pool_refs(m, i), ipa)
+                unmap_ipa(m, i, ipa)

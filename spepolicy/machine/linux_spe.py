@@ -31,8 +31,8 @@ from spepolicy.jit import jit
 from spepolicy.machine.host import ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
 from spepolicy.machine.kvm import access
 from spepolicy.machine.layout import guest_page
+from spepolicy.machine.pagetables import va_leaf
 from spepolicy.machine.rows import (
-    frames,
     host_page,
     params,
     pool,
@@ -41,11 +41,10 @@ from spepolicy.machine.rows import (
     truth_row,
     unseen,
     vcpu_row,
-    vm_row,
 )
 from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
-from spepolicy.mmu.tables import S1_LEAF, stage1_leaf
+from spepolicy.mmu.tables import S1_LEAF
 from spepolicy.mmu.walker import OA_MASK
 
 TRUNCATED = 1
@@ -316,7 +315,6 @@ def read_ring(m: Machine, i: int, k: int) -> None:
     data.)
     """
     par = params(m, i)
-    vm = vm_row(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     mask = (par.buffer_pages << 12) - 1
@@ -324,9 +322,7 @@ def read_ring(m: Machine, i: int, k: int) -> None:
     last = (v.aux_head + 0xFFF) >> 12
     for page in range(first, last):
         va = v.buffer_va + ((page << 12) & mask)
-        slot, entry, _reads = stage1_leaf(
-            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
-        )
+        slot, entry, _reads = va_leaf(m, i, va)
         if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and par.virtualized != 0:
             tr.cpu_faults += cpu_touch(m, i, ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0, 0)
     v.aux_tail = v.aux_head
@@ -342,15 +338,12 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     CPU.
     """
     par = params(m, i)
-    vm = vm_row(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     v.buffer_generation += 1
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
-        slot, entry, _reads = stage1_leaf(
-            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
-        )
+        slot, entry, _reads = va_leaf(m, i, va)
         old = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
         host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
         pool(m, i)[slot, entry] = 0
@@ -360,9 +353,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     faults = 0
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
-        slot, entry, _reads = stage1_leaf(
-            frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
-        )
+        slot, entry, _reads = va_leaf(m, i, va)
         page = guest_page(par, k, v.buffer_generation, n)
         pool(m, i)[slot, entry] = ((par.ram_page0 + page) << 12) | S1_LEAF
         host_page(m, i)[page] = host_page(m, i)[page] | (ROLE_BUFFER << ROLE_SHIFT)

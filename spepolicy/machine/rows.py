@@ -148,6 +148,7 @@ else:
 params = _make("par", "i")
 vm_row = _make("vm", "i")
 stages = _make("regime", "i")
+regime_row = _make("regime", "ik")
 walk_row = _make("walk", "i")
 vcpu_row = _make("vcpu", "ik")
 truth_row = _make("truth", "ik")

@@ -25,6 +25,7 @@ from spepolicy.arch.registers import (
 from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.host import FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED, map_page
 from spepolicy.machine.kvm import inject
+from spepolicy.machine.pagetables import ipa_middle, va_leaf
 from spepolicy.machine.rows import (
     claims,
     frames,
@@ -32,6 +33,7 @@ from spepolicy.machine.rows import (
     params,
     pins,
     pool,
+    regime_row,
     truth_row,
     vcpu_row,
     vm_row,
@@ -39,8 +41,9 @@ from spepolicy.machine.rows import (
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.mmu.memory import find
-from spepolicy.mmu.tables import S2_LEAF, leaf_descriptor, middle_table, stage1_leaf
-from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, S2_WRITE, STAGE1, VALID, level_shift
+from spepolicy.mmu.regime import UPPER
+from spepolicy.mmu.tables import S2_LEAF, leaf_descriptor, level_shift
+from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, S2_WRITE, STAGE1, VALID
 
 Ints = NDArray[np.int64]
 
@@ -102,7 +105,7 @@ def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
         slot = find(frames(m, i), host_page(m, i)[page] & 0xF_FFFF_FFFF)
         if slot < 0 or level == 3:
             break
-        address = pool(m, i)[slot, (va >> level_shift(level)) & 511] & OA_MASK
+        address = pool(m, i)[slot, (va >> level_shift(regime_row(m, i, UPPER), level)) & 511] & OA_MASK
     return count
 
 
@@ -115,7 +118,6 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
     for n in range(lanes.shape[0]):
         i = lanes[n]
         k = vcpus[n]
-        vm = vm_row(m, i)
         par = params(m, i)
         v = vcpu_row(m, i, k)
         fresh = pins(m, i, k)[1 - v.pin_list]
@@ -126,9 +128,7 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
             va = page << 12
             if va >> 21 != table:
-                slot, _entry, steps = stage1_leaf(
-                    frames(m, i), pool(m, i), host_page(m, i), par.ram_page0, vm.ttbr1, va
-                )
+                slot, _entry, steps = va_leaf(m, i, va)
                 reads += steps
                 table = va >> 21
                 if pin_tables != 0:
@@ -188,7 +188,7 @@ def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tupl
     par = params(m, i)
     words = host_page(m, i)
     tables = pool(m, i)
-    vttbr, vtcr, ram_page0 = vm.vttbr, vm.vtcr, par.ram_page0
+    ram_page0 = par.ram_page0
     before = vm.stage2_maps
     cost = 0
     middle, region = -1, -1
@@ -198,7 +198,7 @@ def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tupl
         ipa = (ram_page0 + page) << 12
         if ipa >> 30 != region or middle < 0:
             region = ipa >> 30
-            middle = middle_table(tables, vttbr, vtcr, ipa)
+            middle = ipa_middle(m, i, ipa)
         # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
         resident = word & (PRESENT | SHARED | HOLE) == PRESENT
         if not resident or middle < 0 or not _maps(leaf_descriptor(tables, middle, ipa), word & FRAME):

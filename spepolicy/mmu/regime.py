@@ -44,6 +44,7 @@ cacheable       stage 1 that is off gives Normal Write-back memory (HCR_EL2.DC)
 mair            MAIR_EL1
 no_device_walk  a stage 1 table in Device memory is a permission fault (stage 2, HCR_EL2.PTW)
 forced_type     MemAttr has the encoding of HCR_EL2.FWB (stage 2)
+linear_frame    not a register: the software that owns the tables reaches frame f in slot f - this; 0: by the hash
 """
 
 STAGE = np.dtype([(line.split()[0], np.int64) for line in _STAGE.strip().splitlines()])

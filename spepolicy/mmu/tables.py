@@ -1,8 +1,9 @@
-"""Building and editing translation tables: what KVM does at stage 2 and the guest at stage 1, in the same memory.
+"""Editing translation tables: what KVM does at stage 2 and the guest at stage 1, in the memory that the walker reads.
 
-Stage 2 follows KVM's page-table code: a table page counts its valid entries and is freed with the last of them, so that
-the level of a later fault is the one that a real KVM would see (data: after a large unmap, the next fault is at level 1
-or 2).
+`find_entry` and `put` are for every granule and both stages; `spepolicy.mmu.builder` does the rest for Python. Below
+them is what the machine does to its tables, which are of 4 KiB pages: stage 2 follows KVM's page-table code. A table
+page counts its valid entries and is freed with the last of them, so that the level of a later fault is the one that a
+real KVM would see (data: after a large unmap, the next fault is at level 1 or 2).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from spepolicy.jit import lean
 from spepolicy.mmu.memory import attach, find
-from spepolicy.mmu.walker import AF, OA_MASK, S2_READ, S2_WRITE, TABLE, VALID, level_shift
+from spepolicy.mmu.regime import PA_BITS
+from spepolicy.mmu.walker import AF, OA_MASK, S2_READ, S2_WRITE, TABLE, VALID, swap_bytes
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -27,6 +29,68 @@ TABLE_DESCRIPTOR = VALID | TABLE
 
 # Frames of KVM's own table pages: host kernel memory, outside every frame that backs a guest.
 STAGE2_FRAME0 = 1 << 30
+
+FRAME = 0xF_FFFF_FFFF  # of a word of the VMM's page table (spepolicy.machine.host)
+
+
+def kvm_vtcr(ipa_bits: int) -> int:
+    """Return the VTCR_EL2 that KVM with 4 KiB pages programs for a guest of *ipa_bits*, 32 to 48 (mmu.md 6.5).
+
+    RES1, HA, VS (16-bit VMID), PS 48 bits, SH0 inner, ORGN0 and IRGN0 Write-back; two levels at least, and as few as
+    sixteen concatenated root tables allow.
+    """
+    if not 32 <= ipa_bits <= PA_BITS:
+        raise ValueError(f"ipa_bits is {ipa_bits}, but KVM's are 32 to {PA_BITS}")
+    levels = max(2, (ipa_bits - 8) // 9)
+    return 0x802D_3500 | ((levels - 2) << 6) | (64 - ipa_bits)
+
+
+@lean
+def level_shift(s: Any, level: int) -> int:
+    """Return the lowest input address bit that indexes a table of *level*: a leaf there maps 2**that bytes."""
+    return s.stride + 3 + s.stride * (3 - level)
+
+
+@lean
+def entry_address(s: Any, table: int, address: int, level: int) -> int:
+    """Return where the entry for input *address* is in the *table* of *level* of stage *s*."""
+    if level == s.start:
+        return table + ((address & ((1 << s.input_bits) - 1)) >> s.start_shift) * 8
+    return table + ((address >> level_shift(s, level)) & s.index_mask) * 8
+
+
+@lean
+def get(s: Any, pool: Ints, slot: int, entry: int) -> int:
+    """Return a descriptor of stage *s* as a number."""
+    return swap_bytes(pool[slot, entry]) if s.big_endian != 0 else pool[slot, entry]
+
+
+@lean
+def put(s: Any, pool: Ints, slot: int, entry: int, descriptor: int) -> None:
+    """Store a descriptor of stage *s*."""
+    pool[slot, entry] = swap_bytes(descriptor) if s.big_endian != 0 else descriptor
+
+
+@lean
+def find_entry(frames: Ints, pool: Ints, s: Any, address: int, last: int) -> tuple[int, int, int]:
+    """Find the entry for input *address* of a stage *s* whose tables are at physical addresses, as software does.
+
+    Return (slot, entry, level): of *last* or, where no table goes down so far, of the level where it ends. The slot is
+    -1 if a table is not in memory.
+    """
+    level = s.start
+    table = s.base
+    while True:
+        where = entry_address(s, table, address, level)
+        slot = (where >> 12) - s.linear_frame if s.linear_frame != 0 else find(frames, where >> 12)
+        entry = (where & 0xFFF) >> 3
+        if slot < 0 or level == last:
+            return slot, entry, level
+        descriptor = get(s, pool, slot, entry)
+        if descriptor & TABLE_DESCRIPTOR != TABLE_DESCRIPTOR:
+            return slot, entry, level
+        table = descriptor & s.output_mask
+        level += 1
 
 
 @lean
@@ -50,40 +114,17 @@ def _free_table(vm: Any, pool: Ints, slot: int) -> None:
 
 
 @lean
-def _own_slot(address: int) -> int:
-    """Return the slot of one of KVM's table pages: software reaches them by the linear map, without the hash."""
-    return (address >> 12) - STAGE2_FRAME0
-
-
-@lean
-def stage2_leaf(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> tuple[int, int]:
+def stage2_leaf(frames: Ints, pool: Ints, s: Any, ipa: int) -> tuple[int, int]:
     """Return (slot, entry) of the level 3 descriptor for *ipa*, or (-1, level) if the walk ends earlier."""
-    level = 2 - ((vtcr >> 6) & 3)
-    address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
-    while True:
-        slot = _own_slot(address)
-        entry = (address & 0xFFF) >> 3
-        if level == 3:
-            return slot, entry
-        descriptor = pool[slot, entry]
-        if descriptor & VALID == 0:
-            return -1, level
-        level += 1
-        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+    slot, entry, level = find_entry(frames, pool, s, ipa, 3)
+    return (slot, entry) if level == 3 else (-1, level)
 
 
 @lean
-def middle_table(pool: Ints, vttbr: int, vtcr: int, ipa: int) -> int:
+def middle_table(frames: Ints, pool: Ints, s: Any, ipa: int) -> int:
     """Return the slot of the level 2 table that covers the 1 GiB of *ipa*, or -1 if there is none."""
-    level = 2 - ((vtcr >> 6) & 3)
-    address = (vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
-    while level < 2:
-        descriptor = pool[_own_slot(address), (address & 0xFFF) >> 3]
-        if descriptor & VALID == 0:
-            return -1
-        level += 1
-        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
-    return _own_slot(address)
+    slot, _entry, level = find_entry(frames, pool, s, ipa, 2)
+    return slot if level == 2 else -1
 
 
 @lean
@@ -92,104 +133,74 @@ def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
     descriptor = pool[middle, (ipa >> 21) & 511]
     if descriptor & VALID == 0:
         return 0
-    return pool[_own_slot(descriptor & OA_MASK), (ipa >> 12) & 511]
+    # KVM reaches its own tables by the linear map, without the hash.
+    return pool[((descriptor & OA_MASK) >> 12) - STAGE2_FRAME0, (ipa >> 12) & 511]
 
 
 @lean
-def map_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, ipa: int, frame: int, writable: int) -> int:
+def map_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int, frame: int, writable: int) -> int:
     """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid
     one.
     """
-    level = 2 - ((vm.vtcr >> 6) & 3)
-    address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
-    while True:
-        slot = _own_slot(address)
-        entry = (address & 0xFFF) >> 3
-        descriptor = pool[slot, entry]
-        if level == 3:
-            break
-        if descriptor & VALID == 0:
-            table = new_table(vm, frames, pool)
-            descriptor = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
-            pool[slot, entry] = descriptor
-            refs[slot] += 1
+    slot, entry, level = find_entry(frames, pool, s, ipa, 3)
+    while level != 3:
+        table = new_table(vm, frames, pool)
+        pool[slot, entry] = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
+        refs[slot] += 1
         level += 1
-        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
+        slot = table
+        entry = (ipa >> level_shift(s, level)) & 511
     new = (frame << 12) | S2_LEAF
     if writable != 0:
         new |= S2_WRITE
-    if descriptor == new:
+    old = pool[slot, entry]
+    if old == new:
         return 0
     pool[slot, entry] = new
-    if descriptor & VALID == 0:
+    if old & VALID == 0:
         refs[slot] += 1
         return 1
     return 2
 
 
 @lean
-def unmap_stage2(vm: Any, pool: Ints, refs: Slots, ipa: int) -> int:
-    """Remove one page at stage 2 and free tables that are empty then. Return 1 if it was mapped."""
-    top = 2 - ((vm.vtcr >> 6) & 3)
-    level = top
-    slots = (0, 0, 0, 0)
-    entries = (0, 0, 0, 0)
-    address = (vm.vttbr & OA_MASK) + (ipa >> level_shift(level)) * 8
+def unmap_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int) -> int:
+    """Remove one page at stage 2 and free tables that are empty then, but for the root. Return 1 if it was mapped."""
+    slot, entry, level = find_entry(frames, pool, s, ipa, 3)
+    if level != 3 or pool[slot, entry] & VALID == 0:
+        return 0
     while True:
-        slot = _own_slot(address)
-        entry = (address & 0xFFF) >> 3
-        slots = (slots[1], slots[2], slots[3], slot)
-        entries = (entries[1], entries[2], entries[3], entry)
-        descriptor = pool[slot, entry]
-        if descriptor & VALID == 0:
-            return 0
-        if level == 3:
-            break
-        level += 1
-        address = (descriptor & OA_MASK) + ((ipa >> level_shift(level)) & 511) * 8
-    pool[slots[3], entries[3]] = 0
-    refs[slots[3]] -= 1
-    if refs[slots[3]] == 0:
-        _free_upwards(vm, pool, refs, slots, entries, top)
-    return 1
+        pool[slot, entry] = 0
+        refs[slot] -= 1
+        if level == s.start or refs[slot] != 0:
+            return 1
+        _free_table(vm, pool, slot)
+        level -= 1
+        slot, entry, level = find_entry(frames, pool, s, ipa, level)
 
 
 @lean
-def _free_upwards(
-    vm: Any, pool: Ints, refs: Slots, slots: tuple[int, int, int, int], entries: tuple[int, int, int, int], top: int
-) -> None:
-    """Free an empty level 3 table, and its parent if that becomes empty. Root tables stay."""
-    _free_table(vm, pool, slots[3])
-    pool[slots[2], entries[2]] = 0
-    refs[slots[2]] -= 1
-    if top < 2 and refs[slots[2]] == 0:
-        _free_table(vm, pool, slots[2])
-        pool[slots[1], entries[1]] = 0
-        refs[slots[1]] -= 1
-
-
-@lean
-def stage1_leaf(
-    frames: Ints, pool: Ints, host_frames: Ints, ram_page0: int, ttbr1: int, va: int
-) -> tuple[int, int, int]:
-    """Find the level 3 descriptor of *va* the way software does: through the host's mapping of guest memory, not stage
-    2.
+def stage1_leaf(frames: Ints, pool: Ints, s: Any, host_frames: Ints, ram_page0: int, va: int) -> tuple[int, int, int]:
+    """Find the level 3 descriptor of *va* the way the host and the guest's CPU do: through the host's mapping of guest
+    memory, whatever stage 2 says.
 
     Return (slot, entry, descriptors read), slot -1 if a table on the way is missing or outside RAM. *host_frames* is
-    the VMM's page table: bits 35:0 of a word are the frame that backs the guest page.
+    the VMM's page table.
     """
-    address = ttbr1 & OA_MASK
-    level = 0
+    table = s.base
+    level = s.start
     while True:
-        page = (address >> 12) - ram_page0
+        where = entry_address(s, table, va, level)
+        reads = level - s.start
+        page = (where >> 12) - ram_page0
         if page < 0 or page >= host_frames.shape[0]:
-            return -1, 0, level
-        slot = find(frames, host_frames[page] & 0xF_FFFF_FFFF)
-        entry = (va >> level_shift(level)) & 511
+            return -1, 0, reads
+        slot = find(frames, host_frames[page] & FRAME)
+        entry = (where & 0xFFF) >> 3
         if slot < 0 or level == 3:
-            return slot, entry, level + 1
-        descriptor = pool[slot, entry]
-        if descriptor & VALID == 0 or descriptor & TABLE == 0:
-            return -1, entry, level + 1
-        address = descriptor & OA_MASK
+            return slot, entry, reads + 1
+        descriptor = get(s, pool, slot, entry)
+        if descriptor & TABLE_DESCRIPTOR != TABLE_DESCRIPTOR:
+            return -1, entry, reads + 1
+        table = descriptor & s.output_mask
         level += 1

@@ -65,12 +65,6 @@ NEXT_TABLE = 0x100
 LEAF = 0x200
 
 
-@lean
-def level_shift(level: int) -> int:
-    """Return the lowest input address bit that indexes a table of *level* (4 KiB granule: 9 bits a level)."""
-    return 12 + 9 * (3 - level)
-
-
 @inline
 def _kind(s: Any, descriptor: int, level: int) -> int:
     """Return what a descriptor of stage *s* is: LEAF, NEXT_TABLE, or the FSC of a fault."""
