@@ -169,6 +169,11 @@ class Memory:
         self.pool[self.used : self.used + count, :512] = 0 if data is None else data.view(np.int64)
         self.used += count
 
+    def has(self, address: int) -> bool:
+        """Tell whether the page of physical *address* is in memory."""
+        one = np.array([address & ~7], dtype=np.int64)
+        return int(_copy_words(self.frames, self.pool, one, np.zeros(1, dtype=np.int64), 0)) < 0
+
     def read(self, addresses: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the words, uint64[n], at physical *addresses*, uint64[n] multiples of 8, in pages that exist."""
         words = np.zeros(len(addresses), dtype=np.int64)
