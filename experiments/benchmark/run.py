@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numba
 import numpy as np
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from simpy_model import run as run_simpy
+from table import Row, computer, print_table, say
 
 from spepolicy.config import register, to_scenario
 from spepolicy.drivers.simulate import Result, simulate
 from spepolicy.errors import ConfigurationError, SpePolicyError
-from spepolicy.jit import COMPILED, is_compiled_already
+from spepolicy.jit import is_compiled_already
 from spepolicy.machine.scenario import Scenario
 from spepolicy.messages import explain
 from spepolicy.plugins import build_policy, installed_policies
@@ -39,20 +38,6 @@ MAIN_JOB = ("-m", "spepolicy", "+policy=eager_pin")
 MAIN_POLICY = "eager_pin"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. A row without a bar is information."""
-
-    figure: str
-    value: str
-    bar: str = ""
-    passed: bool | None = None
-
-    def cells(self) -> tuple[str, str, str, str]:
-        verdict = "-" if self.passed is None else "pass" if self.passed else "FAIL"
-        return self.figure, self.bar or "-", self.value, verdict
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print one table, and return 0 if every bar is met, 1 if not, 2 for wrong arguments."""
     options = _options(arguments)
@@ -62,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpePolicyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _print_table(rows)
-    print(f"\nLoad average over a minute: {load_before:.2f} before, {os.getloadavg()[0]:.2f} after. {_machine()}")
+    print_table(rows)
+    print(f"\nLoad average over a minute: {load_before:.2f} before, {os.getloadavg()[0]:.2f} after. {computer()}")
     return 0 if all(row.passed is not False for row in rows) else 1
 
 
@@ -114,7 +99,7 @@ def _simulation(scenario: Scenario, policies: dict[str, object], options: argpar
     for name, policy in policies.items():
         results = []
         for repeat in range(options.repeats):
-            _say(f"{name}: run {repeat + 1} of {options.repeats}")
+            say(f"{name}: run {repeat + 1} of {options.repeats}")
             results.append(_timed(scenario, name, policy, options))
             if name == MAIN_POLICY:
                 outcome = run_simpy(simpy_scenario, repeat)
@@ -133,7 +118,7 @@ def _simulation(scenario: Scenario, policies: dict[str, object], options: argpar
 def _warm_up(scenario: Scenario, policies: dict[str, object], threads: int | None) -> Row:
     """Load or compile everything that the timed runs call."""
     known = is_compiled_already()
-    _say("loading the compiled machine" if known else "compiling the machine")
+    say("loading the compiled machine" if known else "compiling the machine")
     begin = time.perf_counter()
     for name, policy in policies.items():
         simulate(replace(scenario, duration_ps=5 * 10**9), policy, name=name, replicates=range(4), threads=threads)
@@ -168,7 +153,7 @@ def _main_job(repeats: int) -> list[Row]:
         work.mkdir()
         seconds = []
         for n in range(1 + repeats):
-            _say(f"main job: {'first run' if n == 0 else f'later run {n} of {repeats}'}")
+            say(f"main job: {'first run' if n == 0 else f'later run {n} of {repeats}'}")
             begin = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, *MAIN_JOB], cwd=work, env=environment, capture_output=True, text=True, check=False
@@ -181,26 +166,6 @@ def _main_job(repeats: int) -> list[Row]:
         Row("main job, empty compile cache", f"{first:.1f} s", f"<= {MAX_FIRST_RUN_S} s", first <= MAX_FIRST_RUN_S),
         Row("main job, later", f"{later:.2f} s", f"<= {MAX_LATER_RUN_S} s", later <= MAX_LATER_RUN_S),
     ]
-
-
-def _say(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
-
-
-def _machine() -> str:
-    form = "compiled" if COMPILED else "INTERPRETED: no bar can be met"
-    return (
-        f"{len(os.sched_getaffinity(0))} processors, Python {platform.python_version()}, numpy {np.__version__}, "
-        f"numba {numba.__version__}, machine {form}."
-    )
-
-
-def _print_table(rows: Sequence[Row]) -> None:
-    lines = [("figure", "bar", "value", "verdict"), *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    for figure, *cells in lines:
-        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([figure.ljust(widths[0]), *right]))
 
 
 if __name__ == "__main__":

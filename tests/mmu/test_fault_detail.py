@@ -1,4 +1,4 @@
-"""What of a translation fault reaches PMBSR_EL1: stage, level and status code, exactly, and nothing else (spe.md 6a)."""
+"""What of a translation fault reaches PMBSR_EL1: stage, level, status code, and nothing else (spe.md 6a)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spepolicy.mmu.regime import SCTLR_M, SECOND, UPPER, set_stage1, set_stage2
 from spepolicy.mmu.tables import TABLE_DESCRIPTOR, kvm_vtcr
 from spepolicy.mmu.walker import AF, OA_MASK, S1_READ_ONLY, S2_READ, S2_WRITE, USER_ACCESS, VALID
 
-NOWHERE = 0x5_0000_0000_000 >> 12 << 12  # a physical page without content
+NOWHERE = 0x5000_0000_0000  # a physical page without content
 IPS_36 = TCR_EL1 & ~(7 << 32) | 1 << 32
 
 
@@ -155,14 +155,7 @@ CASES: dict[str, tuple[Callable[[Lane], None], int]] = {
     ),
     "EPD1": (lambda lane: lane.registers(tcr=TCR_EL1 | 1 << 23), stage1(0x04)),
     "VA beyond T1SZ": (lambda lane: lane.registers(tcr=TCR_EL1 + (9 << 16)), stage1(0x04)),
-    **{
-        f"stage 2 invalid at level {level}": (
-            lambda lane, level=level: lane.change(lane.entry2(lane.ipa(), level), clear=VALID),
-            stage2(0x04 + level),
-        )
-        for level in (1, 2, 3)
-        if level == 3  # above, stage 1's own tables are behind the same descriptor: see the next
-    },
+    "stage 2 invalid at level 3": (lambda lane: lane.change(lane.entry2(lane.ipa(), 3), clear=VALID), stage2(0x07)),
     "stage 2 of a stage 1 table invalid at level 1": (
         lambda lane: lane.change(lane.entry2(lane.table1(0), 1), clear=VALID),
         stage2(0x05),
@@ -237,7 +230,7 @@ def test_a_whole_table_faults_nothing() -> None:
     lane.registers()
     assert lane.write() == (0, 64)
     lane.change(lane.entry1(3), set=USER_ACCESS)
-    assert Lane.write(lane) == (0, 64)
+    assert lane.write() == (0, 64)
 
 
 def test_hardware_sets_the_access_flag_only_if_the_spu_can() -> None:
