@@ -2,7 +2,7 @@
 
 Only frames with content take space. An open-addressing hash maps a frame number (PA >> 12) to a slot in a pool of pages
 of 512 descriptors; a frame that is not in it is ordinary memory whose content the machine does not need. All arrays are
-those of one lane: `frame_key int64[H]` (frame, -1 free, -2 deleted), `frame_slot int32[H]`, `pool int64[P, 512]`; H is
+those of one lane: `frame_key int64[H]` (frame, or -1 if free), `frame_slot int32[H]`, `pool int64[P, 512]`; H is
 a power of two.
 """
 
@@ -17,7 +17,6 @@ Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
 
 FREE = -1
-DELETED = -2
 
 
 @jit
@@ -45,7 +44,7 @@ def attach(frame_key: Ints, frame_slot: Slots, frame: int, slot: int) -> None:
     """Make *frame* hold the page in *slot*. The frame must not hold one already; H exceeds the number of slots."""
     size = frame_key.shape[0]
     bucket = _bucket(frame, size)
-    while frame_key[bucket] >= 0:
+    while frame_key[bucket] != FREE:
         bucket = (bucket + 1) & (size - 1)
     frame_key[bucket] = frame
     frame_slot[bucket] = slot
@@ -55,11 +54,21 @@ def attach(frame_key: Ints, frame_slot: Slots, frame: int, slot: int) -> None:
 def detach(frame_key: Ints, frame_slot: Slots, frame: int) -> int:
     """Take the content away from *frame* and return its slot, or -1 if it had none."""
     size = frame_key.shape[0]
-    bucket = _bucket(frame, size)
+    hole = _bucket(frame, size)
+    while frame_key[hole] != frame:
+        if frame_key[hole] == FREE:
+            return -1
+        hole = (hole + 1) & (size - 1)
+    slot = widen(frame_slot[hole])
+    # Entries behind the hole that were pushed past it move up, so that no marker is needed: markers would pile up as
+    # the host moves tables about, until no search ended any more.
+    bucket = (hole + 1) & (size - 1)
     while frame_key[bucket] != FREE:
-        if frame_key[bucket] == frame:
-            # A marker keeps longer probe sequences intact, unless the sequence ends here anyway.
-            frame_key[bucket] = FREE if frame_key[(bucket + 1) & (size - 1)] == FREE else DELETED
-            return widen(frame_slot[bucket])
+        home = _bucket(frame_key[bucket], size)
+        if (bucket - home) & (size - 1) >= (bucket - hole) & (size - 1):
+            frame_key[hole] = frame_key[bucket]
+            frame_slot[hole] = frame_slot[bucket]
+            hole = bucket
         bucket = (bucket + 1) & (size - 1)
-    return -1
+    frame_key[hole] = FREE
+    return slot
