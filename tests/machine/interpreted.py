@@ -77,7 +77,8 @@ class Lane:
         build = module("machine.build")
         self.m = build.allocate(scenario, build.Behaviour(**behaviour), 1)
         build.reset(self.m, scenario, [0])
-        module("machine.lane").start_lanes(self.m, np.array([0]))
+        with np.errstate(over="ignore"):  # hashes wrap around on purpose
+            module("machine.lane").start_lanes(self.m, np.array([0]))
         rows = module("machine.rows")
         self.par, self.vm = rows.params(self.m, 0), rows.vm_row(self.m, 0)
         self.v, self.tr = rows.vcpu_row(self.m, 0, 0), rows.truth_row(self.m, 0, 0)
@@ -85,7 +86,7 @@ class Lane:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call `MODULE.FUNCTION(m, 0, ...)` of the interpreted machine, for example `call("spu.drain", 0)`."""
         where, _, function = name.rpartition(".")
-        with np.errstate(over="ignore"):  # hashes wrap around on purpose
+        with np.errstate(over="ignore"):
             return getattr(module(f"machine.{where}"), function)(self.m, 0, *arguments)
 
     def translate(self, va: int, write: int = 1) -> tuple[int, int, int, int]:
