@@ -33,9 +33,17 @@ class Bench(Lane):
     """A lane whose vCPU executes at EL0 with profiling enabled, PMBPTR_EL1 at the start of its buffer."""
 
     def __init__(
-        self, *, cpu: Cpu = FIXED, interval: int = 512, jitter: bool = False, buffer_pages: int = 4, limit_pages: int = 0,
-        virtualized: bool = False, workload: Workload | None = None, **behaviour: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        cpu: Cpu = FIXED,
+        interval: int = 512,
+        jitter: bool = False,
+        buffer_pages: int = 4,
+        limit_pages: int = 0,
+        virtualized: bool = False,
+        workload: Workload | None = None,
+        **behaviour: Any,
+    ) -> None:
         guest = Guest(ram_pages=256, buffer_pages=buffer_pages, period_ops=interval, jitter=jitter)
         super().__init__(
             Scenario(workload=workload or one_kind(), cpu=cpu, guest=guest), virtualized=virtualized, **behaviour

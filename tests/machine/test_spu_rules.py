@@ -183,10 +183,11 @@ def test_rule_28_latency_counters_saturate() -> None:
 
 
 @given(
-    kind=st.integers(0, 7), sizes=st.sampled_from([(64, 1), (64, 4), (64, 16), (64, 64), (128, 64), (2048, 32), (32, 8)])
+    kind=st.integers(0, 7),
+    sizes=st.sampled_from([(64, 1), (64, 4), (64, 16), (64, 64), (128, 64), (2048, 32), (32, 8)]),
 )
 def test_rule_27_records_are_padded_to_the_alignment_and_bounded(kind: int, sizes: tuple[int, int]) -> None:
-    """Without context and physical address: branch, load and atomic 45 bytes, store 43, other 36 (SPE reference 4.6)."""
+    """Without context and physical address: branch, load, atomic 45 bytes, store 43, other 36 (reference 4.6)."""
     largest, align = sizes
     bench = Bench(cpu=Cpu(max_record_bytes=largest, align_bytes=align))
     content = {0: 36, 4: 43}.get(kind, 45)
@@ -213,7 +214,10 @@ def test_rule_37_the_buffer_is_full_when_the_largest_record_does_not_fit(
 ) -> None:
     """Full means PTR > LIMIT - 2^MaxSize, strictly: S=1, EC=0, BSC=1, DL as it was, and nothing is lost."""
     bench = Bench(
-        cpu=Cpu(max_record_bytes=largest, align_bytes=align), limit_pages=pages, workload=one_kind(kind=kind), interval=256
+        cpu=Cpu(max_record_bytes=largest, align_bytes=align),
+        limit_pages=pages,
+        workload=one_kind(kind=kind),
+        interval=256,
     )
     size = int(module("machine.spu").record_bytes(bench.par, kind))
     fit = (pages * PAGE - largest) // size + 1  # the last one that starts at or below LIMIT - 2^MaxSize
@@ -275,7 +279,7 @@ def test_rule_38_a_fault_stops_the_unit_and_pmbptr_is_the_address(kind: str) -> 
 
 
 def test_rule_38_nothing_marks_a_stage_2_fault_on_a_stage_1_table() -> None:
-    """The level is that of stage 2, the address is the buffer's VA: KVM cannot tell it from a fault on the page itself."""
+    """The level is that of stage 2, the address is the buffer's VA: as if the page itself had faulted."""
     bench = Bench(virtualized=True)
     slot, _ = bench.stage1_leaf(bench.start)
     frame = int(bench.m.frame_key[0][bench.m.frame_slot[0] == slot][0])
@@ -305,9 +309,7 @@ def test_rule_39_fixed_records_are_never_cut(n: int, first: int, kind: str) -> N
 
 
 @given(align=st.sampled_from([1, 4, 16]), kind=st.integers(0, 7), n=st.integers(1, 3), at_boundary=st.booleans())
-def test_rule_38_a_record_cut_by_a_page_that_is_gone_sets_dl(
-    align: int, kind: int, n: int, at_boundary: bool
-) -> None:
+def test_rule_38_a_record_cut_by_a_page_that_is_gone_sets_dl(align: int, kind: int, n: int, at_boundary: bool) -> None:
     """DL=1 exactly if PTR is not the first byte behind the last whole record, or always where RYZJQX is used for it."""
     cpu = Cpu(max_record_bytes=64, align_bytes=align, data_loss_at_boundary=at_boundary)
     bench = Bench(cpu=cpu, workload=one_kind(kind=kind), virtualized=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import re
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,15 +130,6 @@ def test_dirty_logging_needs_no_notifier() -> None:
     assert (recording.notifier == NO_NOTIFIER).all()
     first = np.flatnonzero(recording.op == HostOp.DIRTY_LOG)[0]
     assert (recording.first_page[first], recording.end_page[first]) == (0, 65536)
-
-
-def test_the_default_opens_in_a_moment() -> None:
-    def once() -> float:
-        start = time.perf_counter()
-        open_recording(DEFAULT)
-        return time.perf_counter() - start
-
-    assert min(once() for _ in range(5)) < 0.020
 
 
 def test_arrays_are_read_only() -> None:
