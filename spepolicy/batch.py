@@ -24,6 +24,8 @@ __all__ = ["PinResult", "State", "Vcpus", "Vms", "WalkResult"]
 Ints = NDArray[np.int64]
 Addresses = NDArray[np.uint64]
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+
 _live: dict[int, Any] = {}
 _tickets = count(1)
 
@@ -171,8 +173,9 @@ class Vcpus:
         """
         low = _per_vcpu(lo, len(self), "walk_stage1(lo)", "integer").astype(np.uint64).view(np.int64)
         high = _per_vcpu(hi, len(self), "walk_stage1(hi)", "integer").astype(np.uint64).view(np.int64)
-        status = _kit(self._ticket).walk_stage1(self._lanes, self._vcpus, low, high, pin_tables)
-        return WalkResult(self, status)
+        if not len(self):
+            return WalkResult(self, _NOTHING)
+        return WalkResult(self, _kit(self._ticket).walk_stage1(self._lanes, self._vcpus, low, high, pin_tables))
 
     def unpin(self) -> None:
         """Unpin the pages that are pinned for these vCPUs. Their stage 2 entries stay until somebody removes them."""
@@ -194,12 +197,25 @@ class Vcpus:
     def claim(self, cause: Cause | ArrayLike) -> None:
         """Say what KVM believes to be the reason of the fault: a `Cause`, or integers [n] of it. For the judge only."""
         causes = _per_vcpu(int(cause) if isinstance(cause, Cause) else cause, len(self), "claim(cause)", "integer")
-        if len(causes) and (causes.min() < 0 or causes.max() >= len(Cause)):
+        if not len(self):
+            return
+        if (causes.min() < 0 or causes.max() >= len(Cause)):
             raise HookError(
                 f"claim() was given {causes.min()}..{causes.max()}. "
                 f"Rule: spepolicy.hookspecs.Cause, 0..{len(Cause) - 1}."
             )
         _kit(self._ticket).claim(self._lanes, self._vcpus, causes.astype(np.int64))
+
+
+def _with_status(batch: Vcpus, status: Ints, wanted: int, kind: type[Vcpus]) -> Any:
+    """Return the vCPUs of *batch* whose *status* is *wanted*, as a batch of *kind*. Mostly that is all of them, or
+    none.
+    """
+    if not status.any():
+        chosen: Any = slice(None) if wanted == 0 else slice(0)
+    else:
+        chosen = status == wanted
+    return kind(batch._ticket, batch._lanes[chosen], batch._vcpus[chosen], batch._rows)
 
 
 class WalkResult:
@@ -215,13 +231,12 @@ class WalkResult:
     @property
     def failed(self) -> Vcpus:
         """The vCPUs whose guest has not mapped all of the range."""
-        return self._batch.where(self.status != 0)
+        return _with_status(self._batch, (self.status != 0).astype(np.int64), 1, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def ok(self) -> WalkedVcpus:
         """The vCPUs whose pages were all found: they can be pinned or mapped."""
-        good = self._batch.where(self.status == 0)
-        return WalkedVcpus(good._ticket, good._lanes, good._vcpus, good._rows)
+        return _with_status(self._batch, self.status, 0, WalkedVcpus)  # type: ignore[no-any-return]
 
 
 class WalkedVcpus(Vcpus):
@@ -233,6 +248,8 @@ class WalkedVcpus(Vcpus):
         """Pin these pages (FOLL_WRITE | FOLL_LONGTERM) and map them at stage 2. Costs per page; may hit the memlock
         limit.
         """
+        if not len(self):
+            return PinResult(self, _NOTHING)
         return PinResult(self, _kit(self._ticket).pin_fresh(self._lanes, self._vcpus))
 
     def map(self) -> NDArray[np.bool_]:
@@ -253,18 +270,17 @@ class PinResult:
     @property
     def ok(self) -> PinnedVcpus:
         """The vCPUs whose pages are pinned and mapped now."""
-        good = self._batch.where(self.status == 0)
-        return PinnedVcpus(good._ticket, good._lanes, good._vcpus, good._rows)
+        return _with_status(self._batch, self.status, 0, PinnedVcpus)  # type: ignore[no-any-return]
 
     @property
     def over_limit(self) -> Vcpus:
         """The vCPUs whose VM would exceed its memlock limit; nothing was pinned for them."""
-        return self._batch.where(self.status == 1)
+        return _with_status(self._batch, self.status, 1, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def no_page(self) -> Vcpus:
         """The vCPUs for which the VMM has no memory behind a page; nothing was pinned for them."""
-        return self._batch.where(self.status == 2)
+        return _with_status(self._batch, self.status, 2, Vcpus)  # type: ignore[no-any-return]
 
 
 class PinnedVcpus(Vcpus):

@@ -122,7 +122,7 @@ class PolicySpec:
 
     @hookspec
     def vm_created(self, vms: Vms) -> None:
-        """The VMM has set up its VM, no vCPU has run. Once per batch of VMs. `vms` offers `pin_all()`, `map_all()`.
+        """The VMM has set up its VM, no vCPU has run. Once per batch of VMs. `vms` offers `pin_all()`.
 
         Time spent here delays the start of the VM; it is not stolen from a running vCPU, but reported as start-up time.
         """

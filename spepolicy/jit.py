@@ -33,7 +33,8 @@ _COMPILED_PARTS = ("jit.py", "arch", "mmu", "machine")
 
 
 def _source_hash() -> str:
-    versions = f"{sys.version_info[:2]} {np.__version__} {version('numba')}"
+    # numba files its entries by the path of the source, too.
+    versions = f"{_PACKAGE} {sys.version_info[:2]} {np.__version__} {version('numba')}"
     digest = hashlib.sha256(versions.encode())
     for part in _COMPILED_PARTS:
         path = _PACKAGE / part

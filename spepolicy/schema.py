@@ -190,7 +190,7 @@ class GuestSettings:
     stop: str = _duration("guest instructions of arm_spe_pmu_stop, without traps", "1ns", "10ms", "stop_ps")
     irq_entry: str = _duration("exception entry until the handler reads PMBSR_EL1", "1ns", "10ms", "irq_entry_ps")
     irq_handler: str = _duration("rest of the interrupt handler", "1ns", "10ms", "irq_handler_ps")
-    reader_latency: str = _duration("AUX wakeup until perf has the data", "0ps", MEAN, "reader_latency_ps")
+    reader_latency: str = _duration("AUX wakeup until perf has the data", "1us", MEAN, "reader_latency_ps")
     reader_rate: int = _count(
         "perf copies AUX data to its file at this rate", 1, 1_000_000, "reader_bytes_per_us", unit="MB/s"
     )

@@ -42,7 +42,9 @@ _HOOK_NAMES = {
 }
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
 # gigabyte.
-_CHUNK_LANES = 256
+_CHUNK_LANES = 512
+_NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
+_VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
 _COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
@@ -189,13 +191,14 @@ class _Chunk:
     def answer(self, lanes: Ints) -> Ints:
         """Call the hooks that *lanes* wait for, once each; return the lanes that have to run on."""
         waiting = self.m.vm["hook"][lanes]
-        self.collect_windows(lanes[waiting == Hook.LOG_FULL])
-        for hook in _HOOK_NAMES:
-            at_hook = lanes[waiting == hook]
-            if len(at_hook):
-                self.call(hook, at_hook)
-        self.m.vm["hook"][lanes] = Hook.NONE
-        unfinished: Ints = lanes[(self.m.vm["finished"][lanes] == 0) | (waiting == Hook.VM_DESTROYED)]
+        for value in sorted(set(waiting.tolist())):
+            at_hook = lanes[waiting == value]
+            if value == _LOG_FULL:
+                self.collect_windows(at_hook)
+            elif value != _NONE:
+                self.call(Hook(value), at_hook)
+        self.m.vm["hook"][lanes] = _NONE
+        unfinished: Ints = lanes[(self.m.vm["finished"][lanes] == 0) | (waiting == _VM_DESTROYED)]
         return unfinished
 
     def call(self, hook: Hook, lanes: Ints) -> None:
@@ -206,7 +209,7 @@ class _Chunk:
         with tools(_Kit(self.m, self.handle)) as ticket:
             try:
                 caller = getattr(self.run.manager.hook, name)
-                if hook in (Hook.VM_CREATED, Hook.VM_DESTROYED):
+                if hook in _VM_HOOKS:
                     caller(vms=Vms(ticket, lanes))
                 else:
                     batch = Vcpus(ticket, lanes, vcpus, self.rows)

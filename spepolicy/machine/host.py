@@ -38,7 +38,8 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.state import NEVER, Machine
 from spepolicy.mmu.memory import attach, detach
-from spepolicy.mmu.walker import AF, S2_WRITE
+from spepolicy.mmu.tables import S2_LEAF
+from spepolicy.mmu.walker import AF, S2_WRITE, VALID
 
 FRAME = 0xF_FFFF_FFFF
 PRESENT = 1 << 36
@@ -190,11 +191,24 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
 @jit
 def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
     """The guest's CPU accesses *page*: an ordinary stage 2 fault if it is not mapped. Return 1 if it was one."""
-    par = params(m, i)
-    slot, entry = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
-    if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and (write == 0 or pool(m, i)[slot, entry] & S2_WRITE != 0):
-        pool(m, i)[slot, entry] |= AF  # hardware access flag of the CPU, VTCR_EL2.HA
-        return 0
+    vm = vm_row(m, i)
+    tables = pool(m, i)
+    slot, entry = ipa_leaf(m, i, (params(m, i).ram_page0 + page) << 12)
+    if slot >= 0:
+        descriptor = tables[slot, entry]
+        if descriptor & VALID != 0:
+            if write == 0 or descriptor & S2_WRITE != 0:
+                tables[slot, entry] = descriptor | AF  # hardware access flag of the CPU, VTCR_EL2.HA
+                return 0
+        else:
+            word = host_page(m, i)[page]
+            if word & (PRESENT | SHARED | HOLE) == PRESENT:
+                # The plain case of map_page: a resident page, nothing mapped, no TLB to tell.
+                tables[slot, entry] = ((word & FRAME) << 12) | S2_LEAF | S2_WRITE
+                pool_refs(m, i)[slot] += 1
+                vm.stage2_maps += 1
+                host_page(m, i)[page] = word & ~GONE_MASK
+                return 1
     map_page(m, i, page, write)
     return 1
 
@@ -300,6 +314,25 @@ def _change_backing(m: Machine, i: int, page: int, word: int, effect: int) -> in
     if effect & LOSE != 0:
         word = (word | HOLE) & ~PRESENT
     return word
+
+
+@jit
+def is_out_of_reach(m: Machine, i: int) -> bool:
+    """Tell whether the host event that is due can change nothing that an SPU of lane *i* reads.
+
+    Most recorded events are: the guest's CPU touches a page that holds neither buffer nor tables, below a stage 2 table
+    that is there already. The order of such an event and of the SPU's writes does not matter.
+    """
+    vm = vm_row(m, i)
+    par = params(m, i)
+    n = vm.host_index
+    if par.host_kind != 2 or widen(rec_op(m)[n]) & 0x7F != _CPU_TOUCH or rec_end(m)[n] - rec_first(m)[n] != 1:
+        return False
+    page = widen(rec_first(m)[n])
+    if host_page(m, i)[page] & ROLE_MASK != 0:
+        return False
+    slot, _entry = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
+    return slot >= 0
 
 
 @jit

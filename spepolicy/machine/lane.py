@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.blackout import account
 from spepolicy.machine.guest import boot, end_of_run, interrupt_for_restart, segment_end, take_virq
-from spepolicy.machine.host import host_event, schedule_host
+from spepolicy.machine.host import host_event, is_out_of_reach, schedule_host
 from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
 from spepolicy.machine.layout import build_memory
 from spepolicy.machine.linux_spe import read_ring
@@ -140,6 +140,8 @@ def run_lane(m: Machine, i: int) -> None:
                 vm.started = 2
                 _wait(m, i, _VM_DESTROYED, 0)
             return
+        while vm.host_next_ps <= first_host and is_out_of_reach(m, i):
+            host_event(m, i)
         if vm.host_next_ps <= first_host:
             if _sync(m, i, vm.host_next_ps):
                 host_event(m, i)

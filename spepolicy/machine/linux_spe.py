@@ -162,7 +162,6 @@ def output_begin(m: Machine, i: int, k: int) -> None:
         return
     v.handle_open = 1
     v.handle_head = v.aux_head
-    tr.sessions += 1
     v.handle_wakeup = v.aux_wakeup + (size >> 1)
     limit = _next_offset(m, i, k)
     head = v.aux_head & (size - 1)
@@ -176,6 +175,7 @@ def output_begin(m: Machine, i: int, k: int) -> None:
         _no_space(m, i, k)
         access(m, i, k, 1, 0)
         return
+    tr.sessions += 1
     v.handle_head = v.aux_head
     v.pmbptr = v.buffer_va + head
     v.pmblimitr = (v.buffer_va + limit) | PMBLIMITR_E
@@ -302,6 +302,8 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
         access(m, i, k, 1, 0)
     else:
         output_begin(m, i, k)
+        if v.event_active == 0:
+            stop_sampling(m, i, k)  # no space: perf's irq_work disables the event before the handler returns
     clear_syndrome(v)
     access(m, i, k, 1, 0)
     return v.pmblimitr & PMBLIMITR_E != 0

@@ -225,7 +225,7 @@ buffer_full         buffer full events
 stage1_faults
 stage2_faults
 data_loss           events with DL=1
-sessions            AUX handles opened
+sessions            times that the driver opened an AUX handle and enabled the buffer
 truncated           handles closed with PERF_AUX_FLAG_TRUNCATED
 fatal               events that the driver answered by switching SPE off
 silent_fatal        of these, without any AUX flag: perf does not know

@@ -28,7 +28,6 @@ ROW_WORDS = 520
 SLOT_SHIFT = 37
 KEY = (1 << SLOT_SHIFT) - 1
 FREE = 0
-DELETED = -(1 << 63)
 
 
 @lean
@@ -57,7 +56,7 @@ def attach(frames: Ints, frame: int, slot: int) -> None:
     """Make *frame* hold the page in *slot*. The frame must not hold one already; H exceeds the number of slots."""
     size = frames.shape[0]
     bucket = _bucket(frame, size)
-    while frames[bucket] & KEY != 0:
+    while frames[bucket] != FREE:
         bucket = (bucket + 1) & (size - 1)
     frames[bucket] = (slot << SLOT_SHIFT) | (frame + 1)
 
@@ -66,16 +65,24 @@ def attach(frames: Ints, frame: int, slot: int) -> None:
 def detach(frames: Ints, frame: int) -> int:
     """Take the content away from *frame* and return its slot, or -1 if it had none."""
     size = frames.shape[0]
-    bucket = _bucket(frame, size)
+    hole = _bucket(frame, size)
     key = frame + 1
+    while (frames[hole] ^ key) & KEY != 0:
+        if frames[hole] == FREE:
+            return -1
+        hole = (hole + 1) & (size - 1)
+    slot = frames[hole] >> SLOT_SHIFT
+    # Entries behind the hole that were pushed past it move up, so that no marker is needed: markers would pile up as
+    # the host moves tables about, until no search ended any more.
+    bucket = (hole + 1) & (size - 1)
     while frames[bucket] != FREE:
-        word = frames[bucket]
-        if (word ^ key) & KEY == 0:
-            # A marker keeps longer probe sequences intact, unless the sequence ends here anyway.
-            frames[bucket] = FREE if frames[(bucket + 1) & (size - 1)] == FREE else DELETED
-            return word >> SLOT_SHIFT
+        home = _bucket((frames[bucket] & KEY) - 1, size)
+        if (bucket - home) & (size - 1) >= (bucket - hole) & (size - 1):
+            frames[hole] = frames[bucket]
+            hole = bucket
         bucket = (bucket + 1) & (size - 1)
-    return -1
+    frames[hole] = FREE
+    return slot
 
 
 @lean

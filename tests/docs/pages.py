@@ -7,11 +7,11 @@ A block's fence says how it is run: three backticks, a language, then words. Ren
 * `python`, `toml`: a file; the word is its name.
 * other languages are text.
 
-Words: `slow` (more than a few seconds), `status=2` (the exit status of the commands), `needs=WHAT` (what the test provides in
-the folder: `run`, a finished and tracked run; `trace`, a kernel trace `host.trace`), `server` (it runs until stopped).
+Words: `slow` (more than a few seconds), `status=2` (the exit status of the commands), `server` (it runs until stopped),
+`needs=WHAT` (what the folder has to hold: `run`, a finished and tracked run; `trace`, a kernel trace `host.trace`).
 
-A table below the line `<!-- results: ARGUMENTS -->` has arguments of `python -m spepolicy` in its first column and names of metrics in
-its header, each as code; the numbers in the columns of metrics are what a run with these arguments gives.
+A table below the line `<!-- results: ARGUMENTS -->` has arguments of `python -m spepolicy` in its first column and
+names of metrics in its header, each as code; the numbers in these columns are what a run with both arguments gives.
 
 `python -m tests.docs.refresh` writes the outputs and numbers again.
 """
@@ -122,7 +122,7 @@ def run(script: str, folder: Path, extra: Mapping[str, str] | None = None) -> tu
 
 
 def as_shown(output: str, folder: Path) -> str:
-    """Return *output* without what differs from run to run: the folder, dates and times, MLflow's numbers, compilation."""
+    """Return *output* without what differs from run to run: folder, dates, times, MLflow's numbers, compilation."""
     text = output.replace(str(folder), "~/lab")
     text = re.sub(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d\.\d+", "DATE/TIME", text)
     text = re.sub(r"runs=%5B.*?%5D&experiments=%5B.*?%5D", "runs=...", text)

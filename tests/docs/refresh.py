@@ -1,7 +1,7 @@
 """Write the outputs and numbers of the project's pages again: `python -m tests.docs.refresh [PAGE ...]`.
 
-Without pages, all pages that have any. Run it after a change of the machine, read the difference, and see whether the words
-around the numbers are still true.
+Without pages, all pages that have any. Run it after a change of the machine, read the difference, and see whether the
+words around the numbers are still true.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import re
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,15 +130,6 @@ def test_dirty_logging_needs_no_notifier() -> None:
     assert (recording.notifier == NO_NOTIFIER).all()
     first = np.flatnonzero(recording.op == HostOp.DIRTY_LOG)[0]
     assert (recording.first_page[first], recording.end_page[first]) == (0, 65536)
-
-
-def test_the_default_opens_in_a_moment() -> None:
-    def once() -> float:
-        start = time.perf_counter()
-        open_recording(DEFAULT)
-        return time.perf_counter() - start
-
-    assert min(once() for _ in range(5)) < 0.020
 
 
 def test_arrays_are_read_only() -> None:
@@ -472,7 +462,7 @@ GOOD = line(1, "s2_map: (x) addr=0x40000000 size=0x1000 phys=0x1000 prot=0x6")
     ("content", "message"),
     [
         (b"", r"log: the file is empty"),
-        (gzip.compress(b""), r"log: the file is empty"),
+        (gzip.compress(b"", mtime=0), r"log: the file is empty"),
         (b"\x17\x08\x44tracing6\0", r"log: not text.*trace-cmd report"),
         (b"PERFILE2" + bytes(100), r"log: not text.*perf\.data"),
         (b"abc\0def", r"log:1: not text: .*NUL"),
@@ -495,8 +485,8 @@ GOOD = line(1, "s2_map: (x) addr=0x40000000 size=0x1000 phys=0x1000 prot=0x6")
         (line(2, "kvm_guest_fault: ipa").encode(), r"log:1: malformed kvm_guest_fault"),
         ((line(9, "kvm_exit: x") + GOOD).encode(), r"log:2: time goes back by 8\.0"),
         (b" qemu-7 [000] 123456789: unmap_gfn: (x) start=0x40000 end=0x40001\n", r"log:1: no time stamp"),
-        (gzip.compress(GOOD.encode() * 999)[:-30], r"log:\d+: the gzip stream is damaged.*gzip -dc"),
-        (gzip.compress(GOOD.encode() * 999)[:40] + b"x" * 60, r"log:1: the gzip stream is damaged"),
+        (gzip.compress(GOOD.encode() * 999, mtime=0)[:-30], r"log:\d+: the gzip stream is damaged.*gzip -dc"),
+        (gzip.compress(GOOD.encode() * 999, mtime=0)[:40] + b"x" * 60, r"log:1: the gzip stream is damaged"),
         (
             (
                 line(1, "unmap_gfn: (x) start=0x4000 end=0x4001")

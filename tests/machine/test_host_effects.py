@@ -1,0 +1,281 @@
+"""What host operations do to a page, its stage 2 entry, the pin and the SPU's TLB: as measured, and in any order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spepolicy.hookspecs import Cause
+from spepolicy.machine.hostops import HostOp, Notifier
+from spepolicy.machine.scenario import Cpu, Host, HostKind
+from spepolicy.recording.model import NO_NOTIFIER, Recording
+
+from ..properties.scenarios import US, guest, scenario
+from .interpreted import Lane, module
+from .spu_bench import Bench
+
+TABLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "kvm_real" / "pin_table" / "table_6.1.json"
+needs_table = pytest.mark.skipif(not TABLE.is_file(), reason="the measured table (shared/data/kvm_real) is not here")
+
+# Rows of the measurement, private anonymous 4 KiB pages, that an operation of the machine stands for.
+ROWS = {
+    HostOp.RECLAIM: ("memcg_memory_reclaim", "madvise_PAGEOUT_region_twice"),
+    HostOp.AGE: ("madvise_PAGEOUT_region",),
+    HostOp.KSM: ("ksm_identical_pages",),
+    HostOp.NUMA_SCAN: ("numa_balancing_scan",),
+    HostOp.MOVE: ("move_pages_other_node", "mbind_MOVE_other_node", "madvise_SOFT_OFFLINE"),
+    HostOp.COMPACT: ("compact_memory",),
+    HostOp.FORK: ("fork_child_alive", "fork_child_exits"),
+    HostOp.DONTNEED: ("madvise_DONTNEED", "mmap_MAP_FIXED_over"),
+    HostOp.MUNMAP: ("munmap_page", "mremap_move"),
+    HostOp.MPROTECT: ("mprotect_READ_then_RW",),
+    HostOp.THP: ("madvise_COLLAPSE",),
+    HostOp.DIRTY_LOG: ("kvm_dirty_log_enable", "kvm_dirty_log_write_get"),
+    HostOp.SOFT_DIRTY: ("clear_refs_4_softdirty",),
+}
+CELLS = [(op, row, mode) for op, rows in ROWS.items() for row in rows for mode in "UP"]
+FRAME = 0xF_FFFF_FFFF
+VALID, WRITE, AF = 1, 1 << 7, 1 << 10
+DISTURBING = [op for op in HostOp if op > HostOp.CPU_TOUCH]
+
+
+def ordinary_page(lane: Lane) -> int:
+    """Return a guest page that is neither a buffer nor a translation table."""
+    return int(np.flatnonzero(lane.m.host_page[0] >> 56 == 0)[0])
+
+
+def word(lane: Lane, page: int) -> int:
+    return int(lane.m.host_page[0, page])
+
+
+@needs_table
+@pytest.mark.parametrize(("op", "row", "mode"), CELLS, ids=lambda value: getattr(value, "name", str(value)))
+def test_an_operation_does_what_was_measured(op: HostOp, row: str, mode: str) -> None:
+    """Stage 2 gone, kept, aged, write-protected or re-pointed; page moved, replaced or lost; pin stale or not."""
+    measured: dict[str, Any] = next(
+        cell
+        for cell in json.loads(TABLE.read_text())
+        if (cell["op"], cell["mode"], cell["backing"]) == (row, mode, "A")
+    )
+    host = module("machine.host")
+    lane = Lane(scenario(guest=guest(ram_pages=256)), virtualized=True)
+    page = ordinary_page(lane)
+    lane.m.host_page[0, page] += host.PIN_ONE if mode == "P" else 0
+    before, frame = lane.stage2_leaf(page), word(lane, page) & FRAME
+    lane.call("host.operate_on_page", int(op), page)
+    after = lane.stage2_leaf(page)
+
+    state = measured["s2_state"]
+    assert bool(after & VALID) == (state in ("kept", "replaced"))
+    if state == "kept":
+        assert after | WRITE | AF == before
+        assert bool(after & WRITE) == ("permission" not in measured["write_fault"])
+    if state == "replaced":
+        assert after >> 12 != before >> 12
+        assert not after & WRITE
+    if after & VALID and measured["age_gfn"]:
+        assert not after & AF
+    if measured["pfn1"] == "none" and op == HostOp.MUNMAP:
+        assert word(lane, page) & host.HOLE
+    if measured["pfn1"].startswith("swap:"):
+        assert not word(lane, page) & host.PRESENT
+    if measured["pfn0"].startswith("pfn:") and measured["pfn1"].startswith("pfn:") and op != HostOp.KSM:
+        assert (word(lane, page) & FRAME != frame) == (measured["pfn0"] != measured["pfn1"])
+    if measured.get("coherent") is not None and mode == "P":
+        assert lane.vm.stale_pins == int(not measured["coherent"])
+    assert bool(lane.call("host.cpu_touch", page, 0)) == bool(measured["read_fault"])
+
+
+@pytest.mark.parametrize("op", DISTURBING, ids=lambda op: op.name)
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_filter_keeps_the_entries_of_pinned_pages_only(op: HostOp, pinned: bool) -> None:
+    """An ignored notifier leaves the stage 2 entry; the host's own page changes all the same."""
+    host = module("machine.host")
+    everything = int(sum(Notifier))
+    honoured, ignored = (
+        Lane(scenario(guest=guest(ram_pages=256)), virtualized=True, notifier_filter=mask) for mask in (0, everything)
+    )
+    page = ordinary_page(honoured)
+    for lane in (honoured, ignored):
+        lane.m.host_page[0, page] += host.PIN_ONE if pinned else 0
+    before = ignored.stage2_leaf(page)
+    for lane in (honoured, ignored):
+        lane.call("host.operate_on_page", int(op), page)
+    assert word(ignored, page) & ~host.GONE_MASK == word(honoured, page) & ~host.GONE_MASK
+    unmaps = not honoured.stage2_leaf(page) & VALID
+    if pinned and unmaps:
+        assert ignored.stage2_leaf(page) == before
+        assert ignored.vm.notifier_ignored == 1
+    else:
+        assert ignored.stage2_leaf(page) == honoured.stage2_leaf(page)
+        assert ignored.vm.notifier_ignored == 0
+
+
+@given(
+    first=st.integers(0, 255), count=st.integers(2, 256), op=st.sampled_from([HostOp.NUMA_SCAN, HostOp.MPROTECT]),
+    already=st.lists(st.integers(0, 255), max_size=30), pinned=st.lists(st.integers(0, 255), max_size=30),
+    mask=st.sampled_from([0, int(Notifier.PROTECTION_VMA)]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_unmapping_a_range_is_unmapping_its_pages(
+    first: int, count: int, op: HostOp, already: list[int], pinned: list[int], mask: int
+) -> None:
+    """The loop over whole tables leaves what the operation on each page leaves, to the bit."""
+    host = module("machine.host")
+    lanes = [Lane(scenario(guest=guest(ram_pages=256)), virtualized=True, notifier_filter=mask) for _ in range(2)]
+    last = min(first + count, 256)
+    for lane in lanes:
+        for page in pinned:
+            lane.m.host_page[0, page] += host.PIN_ONE
+        for page in already:
+            lane.call("host.operate_on_page", int(HostOp.MPROTECT), page)
+    lanes[0].call("host._unmap_range", int(op), first, last)
+    for page in range(first, last):
+        lanes[1].call("host.operate_on_page", int(op), page)
+    for name in ("host_page", "tlb", "vm"):
+        assert np.array_equal(getattr(lanes[0].m, name), getattr(lanes[1].m, name)), name
+    assert [lanes[0].stage2_leaf(page) for page in range(256)] == [lanes[1].stage2_leaf(page) for page in range(256)]
+
+
+@given(data=st.data(), entries=st.sampled_from([1, 4, 16]))
+@settings(deadline=None, max_examples=40)
+def test_the_tlb_never_holds_what_stage_2_has_not(data: st.DataObject, entries: int) -> None:
+    """KVM invalidates whatever it changes: an SPU entry is always what a walk would find, and writable."""
+    bench = Bench(virtualized=True, cpu=Cpu(tlb_entries=entries))
+    pages = [bench.buffer_page(n) for n in range(4)]
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["write", "operate", "map"]))
+        n = data.draw(st.integers(0, 3))
+        if action == "write":
+            bench.v.pmbsr, bench.v.pmbptr = 0, bench.start + n * 4096
+            bench.write_records(1)
+        elif action == "operate":
+            bench.call("host.operate_on_page", int(data.draw(st.sampled_from(DISTURBING))), pages[n])
+        else:
+            bench.call("host.map_page", pages[n], data.draw(st.integers(0, 1)))
+        for va_page, frame, ipa_page, _ in bench.m.tlb[0, 0]:
+            if va_page != -1:
+                leaf = bench.stage2_leaf(int(ipa_page) - int(bench.par.ram_page0))
+                assert leaf & VALID
+                assert leaf & WRITE
+                assert (leaf & 0xFFFF_FFFF_F000) >> 12 == frame
+                assert bench.translate(int(va_page) << 12)[:2] == (0, int(frame) << 12)
+
+
+@given(
+    moves=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([HostOp.MOVE, HostOp.RECLAIM, HostOp.THP])), max_size=20
+    )
+)
+@settings(deadline=None, max_examples=30)
+def test_a_translation_table_keeps_its_content_wherever_its_page_goes(moves: list[tuple[int, HostOp]]) -> None:
+    """Tables are ordinary guest pages: moved, swapped out and in, the guest's mapping stays what it was."""
+    bench = Bench(virtualized=True)
+    ipas = [bench.translate(bench.start + n * 4096)[2] for n in range(4)]
+    tables = np.flatnonzero(bench.m.host_page[0] >> 57 == 1)
+    assert len(tables) >= 4
+    for n, op in moves:
+        bench.call("host.operate_on_page", int(op), int(tables[n]))
+    for page in tables:
+        bench.call("host.map_page", int(page), 1)
+    assert [bench.translate(bench.start + n * 4096)[2] for n in range(4)] == ipas
+    assert bench.write_records(10) == 10
+
+
+@pytest.mark.parametrize(
+    ("op", "mapped", "cause"),
+    [
+        (HostOp.MPROTECT, True, Cause.HOST),
+        (HostOp.RECLAIM, True, Cause.HOST),
+        (HostOp.KSM, True, Cause.HOST),
+        (HostOp.DIRTY_LOG, True, Cause.HOST),
+        (HostOp.NONE, False, Cause.NOT_PINNED),
+        (HostOp.MPROTECT, False, Cause.NOT_PINNED),
+    ],
+)
+def test_the_judge_knows_who_took_the_page(op: HostOp, mapped: bool, cause: Cause) -> None:
+    """A page that KVM had never mapped is nobody's fault, even if the host touches it afterwards."""
+    bench = Bench(virtualized=True)
+    page = bench.buffer_page(0)
+    if not mapped:
+        bench.edit_stage2(page, lambda descriptor: 0)
+    if op != HostOp.NONE:
+        bench.call("host.operate_on_page", int(op), page)
+    bench.write_records(1)
+    assert bench.tr.stage2_faults == 1
+    assert bench.tr.fault_cause == cause
+
+
+# ---- when ------------------------------------------------------------------------------------------------------------
+
+
+def recording(times_us: list[int], span_us: int) -> Recording:
+    n = len(times_us)
+    return Recording(
+        time_us=np.array(times_us, np.int64), first_page=np.arange(n, dtype=np.int32),
+        end_page=np.arange(1, n + 1, dtype=np.int32), op=np.full(n, HostOp.AGE, np.uint8),
+        notifier=np.full(n, NO_NOTIFIER, np.uint8), write=np.zeros(n, np.bool_), ram_pages=256, duration_us=span_us,
+        scenario="by hand", kernel="", source="by hand",
+    )  # fmt: skip
+
+
+@given(
+    gaps=st.lists(st.integers(0, 10**9), min_size=2, max_size=8), rest=st.integers(0, 10**6),
+    scale=st.sampled_from([1 << 16, 20 << 16, 1 << 12, 3]),
+)  # fmt: skip
+@settings(deadline=None)
+def test_a_recording_is_replayed_in_order_and_starts_over(gaps: list[int], rest: int, scale: int) -> None:
+    """Each gap takes 1/scale of its recorded time, also around the end; gaps of hours do not overflow."""
+    times = np.cumsum(gaps).tolist()
+    host = Host(kind=HostKind.RECORDED, recording=recording(times, times[-1] + rest), time_scale_q16=scale)
+    lane = Lane(scenario(host=host, guest=guest(ram_pages=256)), virtualized=True)
+    n = len(times)
+    start = (int(lane.vm.host_index) - 1) % n
+    exact = 0
+    for step in range(2 * n):
+        here, there = (start + step) % n, (start + step + 1) % n
+        gap_us = times[there] - times[here] if there > here else times[-1] + rest - times[here] + times[0]
+        exact += ((gap_us * 1_000_000 + (0 if there > here else 1)) << 16) // scale
+        if exact >= 1 << 62:
+            break
+        assert lane.vm.host_index == there
+        assert lane.vm.host_next_ps == exact
+        lane.call("host.host_event")
+    assert lane.vm.host_events == lane.m.host_ops[0, HostOp.AGE]
+
+
+@given(seed=st.integers(0, 2**40))
+@settings(deadline=None, max_examples=10)
+def test_the_host_does_the_same_whatever_the_policy(seed: int) -> None:
+    """Common random numbers: times, operations and ranges depend on seed and replicate only."""
+    ops = tuple((int(op), 50 * US, 4) for op in (HostOp.RECLAIM, HostOp.MOVE, HostOp.KSM))
+    host = Host(kind=HostKind.RANDOM, random_ops=ops)
+    logs = []
+    for behaviour in ({}, {"trap_pmb": True, "trap_pms": True, "notifier_filter": 31}):
+        lane = Lane(scenario(host=host, guest=guest(ram_pages=256), seed=seed), virtualized=True, **behaviour)
+        log = []
+        for _ in range(30):
+            log.append((int(lane.vm.host_next_ps), int(lane.vm.host_index), int(lane.vm.host_draws)))
+            lane.call("host.host_event")
+        logs.append((log, lane.m.host_ops[0].tolist()))
+    assert logs[0] == logs[1]
+    assert len({index for _, index, _ in logs[0][0]}) == 3
+
+
+def test_random_operations_come_at_their_rates() -> None:
+    """Competing exponential clocks: shares follow the rates, and the mean interval is that of the sum of rates."""
+    host = Host(kind=HostKind.RANDOM, random_ops=((int(HostOp.AGE), 10 * US, 1), (int(HostOp.SOFT_DIRTY), 30 * US, 1)))
+    lane = Lane(scenario(host=host, guest=guest(ram_pages=256)), virtualized=True)
+    n = 2000
+    for _ in range(n):
+        lane.call("host.host_event")
+    aged = int(lane.m.host_ops[0, HostOp.AGE])
+    assert abs(aged / n - 0.75) < 4 * (0.75 * 0.25 / n) ** 0.5
+    mean = int(lane.vm.host_next_ps) / (n + 1)
+    assert abs(mean / (7.5 * US) - 1) < 4 / n**0.5
