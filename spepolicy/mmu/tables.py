@@ -79,9 +79,9 @@ def find_entry(frames: Ints, pool: Ints, s: Any, address: int, last: int) -> tup
     -1 if a table is not in memory.
     """
     level = s.start
-    table = s.base
+    shift = s.start_shift
+    where = entry_address(s, s.base, address, level)
     while True:
-        where = entry_address(s, table, address, level)
         slot = (where >> 12) - s.linear_frame if s.linear_frame != 0 else find(frames, where >> 12)
         entry = (where & 0xFFF) >> 3
         if slot < 0 or level == last:
@@ -89,8 +89,9 @@ def find_entry(frames: Ints, pool: Ints, s: Any, address: int, last: int) -> tup
         descriptor = get(s, pool, slot, entry)
         if descriptor & TABLE_DESCRIPTOR != TABLE_DESCRIPTOR:
             return slot, entry, level
-        table = descriptor & s.output_mask
         level += 1
+        shift -= s.stride
+        where = (descriptor & s.output_mask) + ((address >> shift) & s.index_mask) * 8
 
 
 @lean
