@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from table import Row, computer, print_table, say
 
 from spepolicy.config import register, to_scenario
-from spepolicy.drivers.simulate import simulate
+from spepolicy.drivers.simulate import compile_machine, simulate
 from spepolicy.jit import COMPILED
 from spepolicy.mmu import Memory, Region, Tables, at, kvm_vtcr
 from spepolicy.mmu.tables import S1_LEAF, S2_LEAF
@@ -207,6 +207,7 @@ def _share(options: argparse.Namespace) -> list[Row]:
         main_job = to_scenario(compose("config", overrides=["guest.vcpus=1"]))
     scenario = replace(main_job, duration_ps=parse_duration(options.duration, "--duration"))
     policy = build_policy("eager_pin", {})
+    compile_machine(say)
     say("running the engine")
     simulate(scenario, policy, name="eager_pin", replicates=range(2), threads=1)
     begin = time.process_time()
