@@ -6,7 +6,7 @@ import itertools
 import math
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spepolicy.machine.draw import EXPONENTIAL_BITS, EXPONENTIAL_SHIFT, exponential_table, stream_key
@@ -56,6 +56,7 @@ def test_draws_have_the_mean_variance_and_tail_of_an_exponential_distribution() 
 
 
 @given(bits=st.integers(0, (1 << 63) - 1), mean=st.integers(0, (1 << 42) - 1))
+@settings(deadline=None)
 def test_a_draw_scales_with_its_mean_and_never_overflows(bits: int, mean: int) -> None:
     unit = exponential(bits, ONE)
     value = exponential(bits, mean)
@@ -64,12 +65,14 @@ def test_a_draw_scales_with_its_mean_and_never_overflows(bits: int, mean: int) -
 
 
 @given(bits=st.integers(0, (1 << 52) - 1))
+@settings(deadline=None)
 def test_the_tail_is_a_fresh_draw_behind_the_last_slice(bits: int) -> None:
     """Memoryless: slice 0 is ln 1024 plus what the next ten bits say."""
     assert exponential(bits << 10, ONE) == TABLE[0] + exponential(bits, ONE) or bits & ((1 << 40) - 1) == 0
 
 
 @given(key=keys, counter=st.integers(0, 1 << 40))
+@settings(deadline=None)
 def test_a_draw_is_63_bits_and_depends_on_key_and_counter_only(key: int, counter: int) -> None:
     value = draw(key, counter)
     assert 0 <= value < 1 << 63

@@ -143,12 +143,14 @@ def test_unmapping_a_range_is_unmapping_its_pages(
     assert [lanes[0].stage2_leaf(page) for page in range(256)] == [lanes[1].stage2_leaf(page) for page in range(256)]
 
 
-@given(data=st.data(), entries=st.sampled_from([1, 4, 16]))
+@given(data=st.data(), entries=st.sampled_from([1, 4, 16]), mask=st.sampled_from([0, int(Notifier.CLEAR)]))
 @settings(deadline=None, max_examples=40)
-def test_the_tlb_never_holds_what_stage_2_has_not(data: st.DataObject, entries: int) -> None:
+def test_the_tlb_never_holds_what_stage_2_has_not(data: st.DataObject, entries: int, mask: int) -> None:
     """KVM invalidates whatever it changes: an SPU entry is always what a walk would find, and writable."""
-    bench = Bench(virtualized=True, cpu=Cpu(tlb_entries=entries))
+    bench = Bench(virtualized=True, cpu=Cpu(tlb_entries=entries), notifier_filter=mask)
     pages = [bench.buffer_page(n) for n in range(4)]
+    for page in pages[:2] if mask else ():
+        bench.m.host_page[0, page] += module("machine.host").PIN_ONE  # what the filter keeps mapped may diverge
     for _ in range(data.draw(st.integers(1, 25))):
         action = data.draw(st.sampled_from(["write", "operate", "map"]))
         n = data.draw(st.integers(0, 3))
@@ -166,6 +168,65 @@ def test_the_tlb_never_holds_what_stage_2_has_not(data: st.DataObject, entries: 
                 assert leaf & WRITE
                 assert (leaf & 0xFFFF_FFFF_F000) >> 12 == frame
                 assert bench.translate(int(va_page) << 12)[:2] == (0, int(frame) << 12)
+
+
+def test_mapping_another_page_ends_in_a_tlbi() -> None:
+    """A pinned page is replaced, its notifier ignored; the next pin maps the new one, and the SPU must not write to the
+    old one any more (break-before-make).
+    """
+    bench = Bench(virtualized=True, notifier_filter=int(Notifier.CLEAR))
+    page = bench.buffer_page(0)
+    bench.m.host_page[0, page] += module("machine.host").PIN_ONE
+    bench.write_records(1)
+    old = bench.stage2_leaf(page)
+    bench.call("host.operate_on_page", int(HostOp.DONTNEED), page)
+    assert bench.stage2_leaf(page) == old
+    bench.call("host.map_page", page, 1)
+    new = (bench.stage2_leaf(page) & 0xFFFF_FFFF_F000) >> 12
+    assert new != (old & 0xFFFF_FFFF_F000) >> 12
+    assert new == word(bench, page) & FRAME
+    bench.write_records(1)
+    held = {int(va): int(frame) for va, frame, _, _ in bench.m.tlb[0, 0]}
+    assert held[bench.start >> 12] == new
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from([*DISTURBING, "touch", "map"]), st.integers(0, 63), st.booleans()), max_size=40
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_table_pages_count_their_entries(steps: list[tuple[HostOp | str, int, bool]]) -> None:
+    """Whoever maps and unmaps: the count in a stage 2 table is the number of its valid entries."""
+    lane = Lane(scenario(guest=guest(ram_pages=64, buffer_pages=4)), virtualized=True)
+    for what, page, write in steps:
+        if what == "touch":
+            lane.call("host.cpu_touch", page, int(write))
+        elif what == "map":
+            lane.call("host.map_page", page, int(write))
+        else:
+            lane.call("host.operate_on_page", int(what), page)
+        middle = module("machine.pagetables").ipa_middle(lane.m, 0, int(lane.par.ram_page0) << 12)
+        if middle < 0:
+            continue
+        valid = np.flatnonzero(lane.m.pool[0, middle] & VALID)
+        assert lane.m.pool_refs[0, middle] == len(valid) > 0
+        for entry in valid:
+            slot = ((int(lane.m.pool[0, middle, entry]) & 0xFFFF_FFFF_F000) >> 12) - (1 << 30)
+            assert lane.m.pool_refs[0, slot] == (lane.m.pool[0, slot] & VALID).sum() > 0
+
+
+@pytest.mark.parametrize("again", ["host.map_page", "host.cpu_touch"])
+def test_a_page_that_is_mapped_again_is_nobodys_loss(again: str) -> None:
+    """What the host did before is over: if KVM itself drops the entry now, the host is not to blame."""
+    bench = Bench(virtualized=True)
+    page = bench.buffer_page(0)
+    bench.call("host.operate_on_page", int(HostOp.MPROTECT), page)
+    bench.call(again, page, 1)
+    bench.edit_stage2(page, lambda descriptor: 0)
+    bench.write_records(1)
+    assert bench.tr.stage2_faults == 1
+    assert bench.tr.fault_cause != Cause.HOST
 
 
 @given(
