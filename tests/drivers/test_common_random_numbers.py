@@ -42,6 +42,9 @@ def test_every_policy_sees_the_same_program(monkeypatch: pytest.MonkeyPatch) -> 
     programs = {name: _program(name, monkeypatch) for name in POLICIES}
     longest = max(programs.values(), key=len)
     assert len(set(longest)) > 30
+    assert {distribution for _, distribution, _ in longest} == {0, 1, 2, 3, 4}, (
+        "both phases, system calls, the other task"
+    )
     for name, program in programs.items():
         assert len(program) > 0.7 * len(longest), name
         assert program == longest[: len(program)], name

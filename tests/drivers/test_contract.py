@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[Callable[[Vcpus], Any], list[str]]] = {
     "claim too long": (lambda b: b.claim(np.zeros(len(b) + 2, int)), ["claim(cause)", "shape (5,)"]),
     "state field unknown": (lambda b: b.state["nummer"], ["'nummer'", "number, address"]),
     "state field unknown in a write": (lambda b: b.state.__setitem__("pages", 1), ["'pages'", "number, address"]),
-    "state of other shape": (lambda b: b.state.__setitem__("number", np.zeros(len(b) + 1)), ["shape"]),
+    "state of other shape": (lambda b: b.state.__setitem__("number", np.zeros(len(b) + 1, int)), ["shape"]),
 }
 
 
@@ -198,7 +198,8 @@ def test_a_walk_says_why_it_failed() -> None:
     seen = []
 
     def use(vcpus: Vcpus) -> None:
-        beyond = vcpus.walk_stage1(vcpus.buffer_lo, vcpus.buffer_hi + np.uint64(1 << 26))
+        third = vcpus.buffer_lo + np.uint64(3 * 4096)  # of four pages: the range reaches beyond the buffer
+        beyond = vcpus.walk_stage1(third, third + np.uint64(2 * 4096))
         assert len(beyond.ok) == 0
         assert len(beyond.failed) == len(vcpus)
         assert (beyond.status & 0x3C == 0x04).all()
