@@ -29,14 +29,16 @@ from spepolicy.errors import OutputError
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = Path(__file__).resolve().parent
-_COMPILED_PARTS = ("jit.py", "arch", "mmu", "machine")
+_MACHINE = ("jit.py", "arch", "mmu", "machine")
+# What calls the machine has a folder of its own, so that a change of it does not compile the machine again.
+_COMPILED_PARTS = {"machine": _MACHINE, "explore": (*_MACHINE, "explore")}
 
 
-def _source_hash() -> str:
+def _source_hash(name: str) -> str:
     # numba files its entries by the path of the source, too.
     versions = f"{_PACKAGE} {sys.version_info[:2]} {np.__version__} {version('numba')}"
     digest = hashlib.sha256(versions.encode())
-    for part in _COMPILED_PARTS:
+    for part in _COMPILED_PARTS[name]:
         path = _PACKAGE / part
         for file in [path] if path.is_file() else sorted(path.glob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -44,13 +46,14 @@ def _source_hash() -> str:
 
 
 @cache
-def cache_dir() -> Path:
-    """Return the folder that holds the compiled machine of exactly this source; it exists and can be written.
+def cache_dir(part: str = "machine") -> Path:
+    """Return the folder that holds the compiled *part* ("machine", "explore") of exactly this source; it exists and can
+    be written.
 
     NUMBA_CACHE_DIR names its parent; else it is below XDG_CACHE_HOME or ~/.cache, or, where that cannot be written,
     below the folder for temporary files.
     """
-    name = f"machine-{_source_hash()}"
+    name = f"{part}-{_source_hash(part)}"
     base = os.environ.get("NUMBA_CACHE_DIR")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "spepolicy"
     for root in [Path(base)] if base else [home, Path(tempfile.gettempdir()) / f"spepolicy-{os.getuid()}"]:
@@ -70,12 +73,17 @@ numba: Any = _numba  # its stubs lack the configuration and the wrapper options
 COMPILED: bool = not numba.config.DISABLE_JIT
 
 if COMPILED:
-    numba.config.CACHE_DIR = str(cache_dir())
+
+    def _choose_folder(function: Any) -> None:
+        """Make numba file *function* with its part; it looks when a function is decorated."""
+        part = "explore" if function.__module__.startswith("spepolicy.explore") else "machine"
+        numba.config.CACHE_DIR = str(cache_dir(part))
 
     def jit(function: F) -> F:
         """Compile *function* for calls from compiled code: without a wrapper for Python, which costs more to compile
         than the rest.
         """
+        _choose_folder(function)
         compiled: F = numba.njit(
             cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
         )(function)
@@ -85,6 +93,7 @@ if COMPILED:
         """Compile *function*, which makes no array, for calls from compiled code: without counting references to the
         arrays that it borrows, which takes longer than a short function.
         """
+        _choose_folder(function)
         compiled: F = numba.njit(
             cache=True,
             nogil=True,
@@ -97,6 +106,7 @@ if COMPILED:
 
     def inline(function: F) -> F:
         """Compile *function*, which makes no array, into its callers."""
+        _choose_folder(function)
         compiled: F = numba.njit(
             cache=True,
             nogil=True,
@@ -110,6 +120,7 @@ if COMPILED:
 
     def entry(function: F) -> F:
         """Compile *function* for calls from Python."""
+        _choose_folder(function)
         compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
         return compiled
 else:

@@ -203,33 +203,43 @@ class _Chunk:
 
     def call(self, hook: Hook, lanes: Ints) -> None:
         """Call one hook for one batch, and see that the contract was kept."""
-        name = _HOOK_NAMES[hook]
-        policy = self.run.name
-        vcpus = self.m.vm["hook_vcpu"][lanes]
-        with tools(_Kit(self.m, self.handle)) as ticket:
-            try:
-                caller = getattr(self.run.manager.hook, name)
-                if hook in _VM_HOOKS:
-                    caller(vms=Vms(ticket, lanes))
-                else:
-                    batch = Vcpus(ticket, lanes, vcpus, self.rows)
-                    caller(**{"faults" if hook == Hook.STAGE2_FAULT else "vcpus": batch})
-            except SpePolicyError as error:
-                raise HookError(f"policy '{policy}', hook {name}(): {error}") from error
-            except Exception as error:
-                raise HookError(
-                    f"policy '{policy}', hook {name}() raised {type(error).__name__}: {error}. "
-                    "Remedy: fix the plugin; HYDRA_FULL_ERROR=1 shows where."
-                ) from error
-        if hook == Hook.STAGE2_FAULT:
-            silent = self.m.vcpu["answered"][lanes, vcpus] == 0
-            if silent.any():
-                raise HookError(
-                    f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without "
-                    "an answer. Rule: every vCPU of the batch is resumed or told. "
-                    "Remedy: call faults.resume() or faults.inject(...)."
-                )
-            toolbox.score_claims(self.handle, lanes, vcpus)
+        call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
+
+
+def call_hook(
+    manager: Any, policy: str, m: Machine, handle: Any, rows: NDArray[np.void], hook: Hook, lanes: Ints
+) -> None:
+    """Call *hook* of the policy in *manager* once for *lanes* of *m*, which wait for it, and see that the contract was
+    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`.
+
+    Raises HookError if the policy failed, or left a fault without an answer.
+    """
+    name = _HOOK_NAMES[hook]
+    vcpus = m.vm["hook_vcpu"][lanes]
+    with tools(_Kit(m, handle)) as ticket:
+        try:
+            caller = getattr(manager.hook, name)
+            if hook in _VM_HOOKS:
+                caller(vms=Vms(ticket, lanes))
+            else:
+                batch = Vcpus(ticket, lanes, vcpus, rows)
+                caller(**{"faults" if hook == Hook.STAGE2_FAULT else "vcpus": batch})
+        except SpePolicyError as error:
+            raise HookError(f"policy '{policy}', hook {name}(): {error}") from error
+        except Exception as error:
+            raise HookError(
+                f"policy '{policy}', hook {name}() raised {type(error).__name__}: {error}. "
+                "Remedy: fix the plugin; HYDRA_FULL_ERROR=1 shows where."
+            ) from error
+    if hook == Hook.STAGE2_FAULT:
+        silent = m.vcpu["answered"][lanes, vcpus] == 0
+        if silent.any():
+            raise HookError(
+                f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without "
+                "an answer. Rule: every vCPU of the batch is resumed or told. "
+                "Remedy: call faults.resume() or faults.inject(...)."
+            )
+        toolbox.score_claims(handle, lanes, vcpus)
 
 
 class _Run:

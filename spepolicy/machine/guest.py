@@ -194,7 +194,7 @@ def interrupt_for_restart(m: Machine, i: int, k: int) -> None:
 
 
 @jit
-def _enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
+def enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
     """Return the hook for a write that may have enabled the buffer or profiling, if KVM sees the write and the policy
     listens.
     """
@@ -234,7 +234,7 @@ def segment_end(m: Machine, i: int, k: int) -> int:
         output_begin(m, i, k)
         if v.pmblimitr & PMBLIMITR_E != 0:
             _driver_code(m, v, _START_SAMPLING, 0)
-            return _enabled_hooks(m, i, k, False)
+            return enabled_hooks(m, i, k, False)
         v.wanted = 1
         _resume_program(m, i, k)
         return _NONE
@@ -242,13 +242,13 @@ def segment_end(m: Machine, i: int, k: int) -> int:
         start_sampling(m, i, k)
         v.wanted = 1
         _resume_program(m, i, k)
-        return _enabled_hooks(m, i, k, True)
+        return enabled_hooks(m, i, k, True)
     if segment == _STOP:
         return _stopped(m, i, k)
     if segment == _IRQ_ENTRY:
         enabled = handle_interrupt(m, i, k)
         _driver_code(m, v, _IRQ_HANDLER, par.irq_handler_ps)
-        return _enabled_hooks(m, i, k, False) if enabled else _NONE
+        return enabled_hooks(m, i, k, False) if enabled else _NONE
     if v.restart != 0 and v.resume_segment >= 0 and (v.task == 0 or par.session == 1):
         _begin_restart(m, i, k)
         return _NONE
