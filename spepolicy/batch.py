@@ -52,8 +52,7 @@ def _kit(ticket: int) -> Any:
 
 
 def _per_vcpu(values: ArrayLike, size: int, what: str, kind: str) -> NDArray[Any]:
-    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type.
-    """
+    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type."""
     array = np.asarray(values)
     if array.ndim == 0:
         array = np.full(size, array)
@@ -199,7 +198,7 @@ class Vcpus:
         causes = _per_vcpu(int(cause) if isinstance(cause, Cause) else cause, len(self), "claim(cause)", "integer")
         if not len(self):
             return
-        if (causes.min() < 0 or causes.max() >= len(Cause)):
+        if causes.min() < 0 or causes.max() >= len(Cause):
             raise HookError(
                 f"claim() was given {causes.min()}..{causes.max()}. "
                 f"Rule: spepolicy.hookspecs.Cause, 0..{len(Cause) - 1}."

@@ -116,9 +116,7 @@ def window_lengths(result: Result) -> WindowLengths:
     )
 
 
-def _sorted_quantile(
-    values: Floats, first: NDArray[np.int64], count: NDArray[np.int64], q: float
-) -> Floats:
+def _sorted_quantile(values: Floats, first: NDArray[np.int64], count: NDArray[np.int64], q: float) -> Floats:
     """Quantile *q* of each run values[first : first + count], each sorted; NaN for an empty run."""
     result = np.full(len(count), np.nan)
     some = count > 0

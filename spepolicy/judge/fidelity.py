@@ -42,7 +42,6 @@ TOP = 5
 """Functions that "the top" of a profile means: what a person looks at first."""
 
 
-
 def _pass_probability(scenario: Scenario) -> Floats:
     """Return float64[K]: the probability that an operation of each outcome passes the guest's filters (spe.md rules 19,
     20).

@@ -91,86 +91,112 @@ def _memlock_peak(v: View) -> Floats:
 # ---- blackout -------------------------------------------------------------------------------------------------------
 
 _add(
-    "blackout_pct", "%", "Share of wanted guest time in which the SPU did not sample: 100 * blackout / wanted.",
+    "blackout_pct",
+    "%",
+    "Share of wanted guest time in which the SPU did not sample: 100 * blackout / wanted.",
     lambda v: 100 * blackout.blackout_fraction(v.result),
 )
 _add(
-    "excess_blackout_pct", "%",
+    "excess_blackout_pct",
+    "%",
     "blackout_pct minus bare metal's at the same replicate (paired): what virtualization and the policy add, in "
     "percentage points.",
     lambda v: 100 * blackout.excess_blackout(v.result, v.bare_metal),
 )
 for _index, _cause in enumerate(blackout.CAUSES):
     _add(
-        f"blackout_{_cause}_ms_per_s", "ms/s",
+        f"blackout_{_cause}_ms_per_s",
+        "ms/s",
         f"Blackout of cause {_cause} in ms a wanted second; over all causes 10 times blackout_pct.",
         _blackout_by_cause(_index),
     )
 _add(
-    "windows_per_s", "1/s", "Blackout windows a wanted second.",
+    "windows_per_s",
+    "1/s",
+    "Blackout windows a wanted second.",
     lambda v: ratio(v.windows.count.astype(np.float64), v.wanted_s),
 )
 _add(
-    "median_blackout_us", "us",
+    "median_blackout_us",
+    "us",
     "Median length of a blackout window, in wanted guest time; over the windows of all replicates.",
-    lambda v: v.windows.median_us, lambda v: v.windows.pooled_median_us,
+    lambda v: v.windows.median_us,
+    lambda v: v.windows.pooled_median_us,
 )
 _add(
-    "p99_blackout_us", "us",
+    "p99_blackout_us",
+    "us",
     "99th percentile of the lengths of blackout windows, in wanted guest time; over the windows of all replicates.",
-    lambda v: v.windows.p99_us, lambda v: v.windows.pooled_p99_us,
+    lambda v: v.windows.p99_us,
+    lambda v: v.windows.pooled_p99_us,
 )
 _add(
-    "longest_blackout_us", "us", "Longest blackout window of any replicate, in wanted guest time.",
-    lambda v: v.windows.longest_us, lambda v: v.windows.pooled_longest_us,
+    "longest_blackout_us",
+    "us",
+    "Longest blackout window of any replicate, in wanted guest time.",
+    lambda v: v.windows.longest_us,
+    lambda v: v.windows.pooled_longest_us,
 )
 _add(
-    "missed_ops_pct", "%", "Operations executed in blackout: 100 * missed_ops / wanted_ops.",
+    "missed_ops_pct",
+    "%",
+    "Operations executed in blackout: 100 * missed_ops / wanted_ops.",
     lambda v: 100 * ratio(v.sum("missed_ops"), v.sum("wanted_ops")),
 )
 
 # ---- records --------------------------------------------------------------------------------------------------------
 
 _add(
-    "kept_records", "records", "Records that reached the guest's perf, or were in its buffer at the end; a replicate.",
+    "kept_records",
+    "records",
+    "Records that reached the guest's perf, or were in its buffer at the end; a replicate.",
     lambda v: v.sum("kept"),
 )
 _add("kept_records_per_s", "1/s", "kept_records a wanted second.", _per_wanted_s("kept"))
 _add(
-    "missed_samples", "samples",
+    "missed_samples",
+    "samples",
     "Samples never selected because of blackout: missed_ops / mean interval, which is INTERVAL*256 + 1, plus 127.5 "
     "with jitter; a replicate.",
     lambda v: v.missed_samples,
 )
 _add(
-    "missed_samples_pct", "%",
+    "missed_samples_pct",
+    "%",
     "100 * missed records / due records. Missed records = missed_samples times the share of samples that pass "
     "collision and filters; "
     "due records = kept + lost + discarded + missed records.",
     lambda v: 100 * ratio(v.missed_records, v.due_records),
 )
 _add(
-    "lost_samples_pct", "%",
+    "lost_samples_pct",
+    "%",
     "Samples whose record could not be written: 100 * lost, all causes / due records (see missed_samples_pct).",
     lambda v: 100 * ratio(v.lost, v.due_records),
 )
 _add(
-    "discarded_samples_pct", "%",
+    "discarded_samples_pct",
+    "%",
     "Records written and thrown away because of DL: 100 * discarded / due records (see missed_samples_pct).",
     lambda v: 100 * ratio(v.sum("discarded"), v.due_records),
 )
 _add(
-    "unseen_samples_pct", "%",
+    "unseen_samples_pct",
+    "%",
     "missed_samples_pct + lost_samples_pct + discarded_samples_pct: what a profile lacks; 100 minus the share of due "
     "records that were kept.",
     lambda v: 100 * ratio(v.due_records - v.sum("kept"), v.due_records),
 )
 _add(
-    "collided_pct", "%", "Samples dropped because another was in flight: 100 * collided / selected.",
+    "collided_pct",
+    "%",
+    "Samples dropped because another was in flight: 100 * collided / selected.",
     lambda v: 100 * ratio(v.sum("collided"), v.sum("selected")),
 )
 _add(
-    "filtered_pct", "%", "Samples that the guest's filters rejected: 100 * filtered / selected.",
+    "filtered_pct",
+    "%",
+    "Samples that the guest's filters rejected: 100 * filtered / selected.",
     lambda v: 100 * ratio(v.sum("filtered"), v.sum("selected")),
 )
 
@@ -186,11 +212,14 @@ for _name, _field, _what in (
 ):
     _add(_name, "1/s", f"{_what}, a wanted second.", _per_wanted_s(_field))
 _add(
-    "refused_sessions", "sessions", "Sessions that the policy refused before the SPU wrote; a replicate.",
+    "refused_sessions",
+    "sessions",
+    "Sessions that the policy refused before the SPU wrote; a replicate.",
     lambda v: v.sum("refused"),
 )
 _add(
-    "diverged_records", "records",
+    "diverged_records",
+    "records",
     "Records written to pages that the VMM's address no longer shows (silent divergence); a replicate.",
     lambda v: v.sum("diverged_records"),
 )
@@ -204,42 +233,56 @@ _STOLEN = {
     "switch": ("switch_total_ps", "saving and draining SPE state in ordinary exits"),
 }
 _add(
-    "stolen_pct", "%",
+    "stolen_pct",
+    "%",
     "vCPU time spent on account of SPE: 100 * (traps + policy + events + switch) / host time of the vCPUs.",
     _share_of_host_time(*(field for field, _ in _STOLEN.values())),
 )
 for _name, (_field, _what) in _STOLEN.items():
     _add(f"stolen_{_name}_pct", "%", f"The part of stolen_pct that goes to {_what}.", _share_of_host_time(_field))
 _add(
-    "startup_ms", "ms", "Host time by which the policy delays the start of the VM (hook vm_created).",
+    "startup_ms",
+    "ms",
+    "Host time by which the policy delays the start of the VM (hook vm_created).",
     lambda v: v.vm["startup_ps"] / 1e9,
 )
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 _add(
-    "pinned_peak_MiB", "MiB",
+    "pinned_peak_MiB",
+    "MiB",
     "Most memory held pinned at any time; every pin counts, a page pinned twice counts twice.",
     lambda v: v.vm["pinned_peak_pages"] * _MIB,
 )
 _add(
-    "pinned_mean_MiB", "MiB", "Pinned memory, mean over host time: integral of pinned pages / host time.",
+    "pinned_mean_MiB",
+    "MiB",
+    "Pinned memory, mean over host time: integral of pinned pages / host time.",
     lambda v: v.vm["pinned_page_ps"] * 1e3 / _PS_PER_S * _MIB / v.host_s,
 )
 _add(
-    "pinned_page_s", "page s", "Integral of pinned pages over host time; a replicate.",
+    "pinned_page_s",
+    "page s",
+    "Integral of pinned pages over host time; a replicate.",
     lambda v: v.vm["pinned_page_ps"] * 1e3 / _PS_PER_S,
 )
 _add(
-    "memlock_peak_pct", "%", "Peak of pinned pages against RLIMIT_MEMLOCK: 100 * peak / limit; undefined without one.",
+    "memlock_peak_pct",
+    "%",
+    "Peak of pinned pages against RLIMIT_MEMLOCK: 100 * peak / limit; undefined without one.",
     _memlock_peak,
 )
 _add(
-    "memlock_refused_pages", "pages", "Pages that could not be pinned because of the memlock limit; a replicate.",
+    "memlock_refused_pages",
+    "pages",
+    "Pages that could not be pinned because of the memlock limit; a replicate.",
     _count("pin_refused"),
 )
 _add(
-    "stale_pin_pages", "pages", "Pinned pages that the host replaced behind the pin; a replicate.",
+    "stale_pin_pages",
+    "pages",
+    "Pinned pages that the host replaced behind the pin; a replicate.",
     _count("stale_pins"),
 )
 _add("pins_left_pages", "pages", "Pins that KVM still held when the VM was gone; a replicate.", _count("pinned_pages"))
@@ -257,51 +300,67 @@ for _name, _field, _what in (
 # ---- fidelity and attribution ---------------------------------------------------------------------------------------
 
 _add(
-    "fidelity_tv", "",
+    "fidelity_tv",
+    "",
     "Total variation distance between the profile that the guest got and the true one, over functions: 0 to 1.",
     lambda v: v.fidelity.tv,
 )
 _add(
-    "fidelity_tv_noise", "", "Expected fidelity_tv of a random (multinomial) sample of as many records, exact.",
+    "fidelity_tv_noise",
+    "",
+    "Expected fidelity_tv of a random (multinomial) sample of as many records, exact.",
     lambda v: v.fidelity.tv_noise,
 )
 _add(
-    "fidelity_tv_excess", "",
+    "fidelity_tv_excess",
+    "",
     "fidelity_tv - fidelity_tv_noise: distance that sampling noise does not explain. May be below 0: interval "
     "sampling is evener than random.",
     lambda v: v.fidelity.tv - v.fidelity.tv_noise,
 )
 _add(
-    "fidelity_pooled_tv", "", "fidelity_tv of the profile summed over all replicates: noise averages out, bias stays.",
-    lambda v: v.fidelity.tv, lambda v: v.fidelity.pooled_tv,
+    "fidelity_pooled_tv",
+    "",
+    "fidelity_tv of the profile summed over all replicates: noise averages out, bias stays.",
+    lambda v: v.fidelity.tv,
+    lambda v: v.fidelity.pooled_tv,
 )
 _add(
-    "fidelity_pooled_tv_noise", "", "fidelity_tv_noise of the profile summed over all replicates.",
-    lambda v: v.fidelity.tv_noise, lambda v: v.fidelity.pooled_tv_noise,
+    "fidelity_pooled_tv_noise",
+    "",
+    "fidelity_tv_noise of the profile summed over all replicates.",
+    lambda v: v.fidelity.tv_noise,
+    lambda v: v.fidelity.pooled_tv_noise,
 )
 _add(
-    f"fidelity_top{TOP}_error_pp", "percentage points",
+    f"fidelity_top{TOP}_error_pp",
+    "percentage points",
     f"Largest error of the share of any of the {TOP} functions that are really hottest.",
     lambda v: v.fidelity.top_error_pp,
 )
 _add(
-    f"fidelity_top{TOP}_found_pct", "%",
+    f"fidelity_top{TOP}_found_pct",
+    "%",
     f"How many of the {TOP} really hottest functions are among the {TOP} hottest of the guest's profile.",
     lambda v: 100 * v.fidelity.top_found,
 )
 _add(
-    "attribution_accuracy_pct", "%",
+    "attribution_accuracy_pct",
+    "%",
     "Stage 2 faults whose cause the policy claimed rightly: 100 * right / all; no claim is not right.",
     lambda v: 100 * attribution.accuracy(v.result),
 )
 _add(
-    "attribution_claimed_pct", "%", "Stage 2 faults for which the policy claimed any cause but UNKNOWN.",
+    "attribution_claimed_pct",
+    "%",
+    "Stage 2 faults for which the policy claimed any cause but UNKNOWN.",
     lambda v: 100 * attribution.claimed_share(v.result),
 )
 for _true in Cause:
     if _true != Cause.UNKNOWN:
         _add(
-            f"attribution_recall_{_true.name.lower()}_pct", "%",
+            f"attribution_recall_{_true.name.lower()}_pct",
+            "%",
             f"Stage 2 faults truly caused by {_true.name} that were claimed as such.",
             _recall(_true),
         )

@@ -123,9 +123,7 @@ def _write_run(client: Any, experiment_id: str, record: dict[str, Any]) -> str:
     from mlflow.entities import Metric, Param
 
     now_ms = int(time.time() * 1000)
-    run = client.create_run(
-        experiment_id, start_time=record["start_ms"], run_name=record["name"], tags=record["tags"]
-    )
+    run = client.create_run(experiment_id, start_time=record["start_ms"], run_name=record["name"], tags=record["tags"])
     run_id = str(run.info.run_id)
     metrics = [Metric(name, value, now_ms, 0) for name, value in record["metrics"].items()]
     metrics += [Metric(name, value, now_ms, step) for name, step, value in record["series"]]

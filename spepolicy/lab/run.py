@@ -138,9 +138,7 @@ def _execute(plan: Plan, run_dir: Path, tracker: Tracker | None, say: Callable[[
 # ---- simulate --------------------------------------------------------------------------------------------------------
 
 
-def _simulate(
-    plan: Plan, tracker: Tracker | None, say: Callable[[str], None]
-) -> tuple[dict[str, Result], bool]:
+def _simulate(plan: Plan, tracker: Tracker | None, say: Callable[[str], None]) -> tuple[dict[str, Result], bool]:
     """Simulate every policy; return the results, and whether Ctrl-C cut it short."""
     from spepolicy.drivers.simulate import compile_machine, simulate
     from spepolicy.judge.records import check_conservation, check_profile, check_time
@@ -153,9 +151,7 @@ def _simulate(
     for name, policy in plan.policies.items():
         try:
             say(f"simulating {name}: {plan.replicates} replicates")
-            result = simulate(
-                plan.scenario, policy, name=name, replicates=range(plan.replicates), threads=plan.threads
-            )
+            result = simulate(plan.scenario, policy, name=name, replicates=range(plan.replicates), threads=plan.threads)
         except KeyboardInterrupt:
             return results, True
         check_conservation(result)
@@ -216,9 +212,7 @@ def _errata_from(manager: Any, hook: str, notes: list[str], **arguments: Any) ->
     return errata
 
 
-def _each_plugin(
-    manager: Any, hook: str, notes: list[str], **arguments: Any
-) -> list[tuple[str, Any]]:
+def _each_plugin(manager: Any, hook: str, notes: list[str], **arguments: Any) -> list[tuple[str, Any]]:
     """Return (plugin, its answer) for every plugin that implements *hook*. An exception is logged and noted."""
     answers = []
     for impl in getattr(manager.hook, hook).get_hookimpls():

@@ -79,7 +79,11 @@ class Tracked:
 
     def link(self) -> str:
         """Return the address, in a UI at MLflow's default port or on the server itself, that compares the runs."""
-        base = without_password(self.uri).rstrip("/") if urlsplit(self.uri).scheme in ("http", "https") else "http://127.0.0.1:5000"
+        base = (
+            without_password(self.uri).rstrip("/")
+            if urlsplit(self.uri).scheme in ("http", "https")
+            else "http://127.0.0.1:5000"
+        )
         experiments = quote(json.dumps([self.experiment_id], separators=(",", ":")))
         if len(self.run_ids) == 1:
             return f"{base}/#/experiments/{self.experiment_id}/runs/{self.run_ids[0]}"

@@ -101,9 +101,7 @@ QUIET = Kvm(exit_interval_ps=0, preempt_interval_ps=0, memlock_unlimited=True)
 def busy_host(*ops: HostOp, interval_ps: int = 20 * US, pages: int = 64) -> Host:
     """One event every *interval_ps* on average, of the operations given (all by default)."""
     chosen = ops or DISTURBING
-    return Host(
-        kind=HostKind.RANDOM, random_ops=tuple((int(op), interval_ps * len(chosen), pages) for op in chosen)
-    )
+    return Host(kind=HostKind.RANDOM, random_ops=tuple((int(op), interval_ps * len(chosen), pages) for op in chosen))
 
 
 def scenario(**changes: Any) -> Scenario:
@@ -155,6 +153,8 @@ def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
         fields["pin_stage1_tables"] = rng.random() < 0.5
     if name == "eager_pin":
         fields |= {"keep_mapped": rng.random() < 0.5, "el0_only": rng.choice(["error", "first_fault"])}
-    return name, fields, scenario(
-        duration_ps=MS, cpu=cpu, guest=the_guest, kvm=the_kvm, host=host, seed=rng.randrange(1000)
+    return (
+        name,
+        fields,
+        scenario(duration_ps=MS, cpu=cpu, guest=the_guest, kvm=the_kvm, host=host, seed=rng.randrange(1000)),
     )
