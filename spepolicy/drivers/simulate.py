@@ -29,6 +29,7 @@ from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
 from spepolicy.machine.state import WINDOW, Hook, Machine
+from spepolicy.machine.trace import LOG
 
 Ints = NDArray[np.int64]
 
@@ -245,7 +246,15 @@ def call_hook(
 class _Run:
     """One call of `simulate`: the policy, and the lanes cut into chunks."""
 
-    def __init__(self, scenario: Scenario, policy: object, name: str, replicates: Sequence[int], threads: int) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        policy: object,
+        name: str,
+        replicates: Sequence[int],
+        threads: int,
+        log_rows: int = 0,
+    ) -> None:
         from spepolicy.plugins import make_plugin_manager
 
         self.scenario, self.policy, self.name = scenario, policy, name
@@ -261,6 +270,8 @@ class _Run:
         self.memory: dict[str, int] = {}
         self.parts: list[tuple[int, dict[str, NDArray[Any]], NDArray[np.void]]] = []
         self.running: dict[int, _Chunk] = {}
+        self.log_rows = log_rows
+        self.logs: list[NDArray[np.int64]] = []  # the whole log array of each chunk, where there is one
 
     def work(self) -> None:
         """Worker thread: take chunks until none is left. The machine is allocated once: fresh memory costs more than
@@ -271,12 +282,14 @@ class _Run:
             while not self.stopping and (start := next(self.starts, None)) is not None:
                 replicates = self.replicates[start : start + self.size]
                 if m is None:
-                    m = allocate(self.scenario, self.behaviour, len(replicates))
+                    m = allocate(self.scenario, self.behaviour, len(replicates), self.log_rows)
                     self.memory = bytes_per_lane(m)
                 chunk = _Chunk(self, m, replicates)
                 self.running[start] = chunk
                 chunk.execute()
                 self.parts.append((start, _copy(m, len(replicates)), _join(chunk.windows, start)))
+                if self.log_rows:
+                    self.logs.append(m.log[: len(replicates)].copy())
                 del self.running[start]
                 self.lanes_done += len(replicates)
 
@@ -355,6 +368,35 @@ def simulate(
         finally:
             run.stopping = True
     return _result(run, time.perf_counter() - begin, interrupted)
+
+
+@dataclass(frozen=True)
+class LaneLog:
+    """One lane, and all that happened in it."""
+
+    rows: NDArray[np.void]  # spepolicy.machine.trace.LOG[n], by host time
+    result: Result  # of this lane; only the fields of the log itself differ from a run without it
+
+
+def record_lane(scenario: Scenario, policy: object, *, name: str, replicate: int, capacity: int = 1 << 16) -> LaneLog:
+    """Run *policy* on one lane again, with its event log on, and return every row of it.
+
+    A lane is a function of configuration and seed, so this is the very lane of `simulate` with the same *replicate*.
+    capacity: rows to make room for (40 bytes each). Where more happen, the lane is run once more with room for all.
+    Raises HookError if the policy breaks the contract, ConfigurationError for a capacity below 1.
+    """
+    if capacity < 1:
+        raise ConfigurationError(f"capacity is {capacity}. Rule: at least one row. Remedy: leave it out.")
+    while True:
+        begin = time.perf_counter()
+        run = _Run(scenario, policy, name, [replicate], 1, capacity)
+        run.work()
+        result = _result(run, time.perf_counter() - begin, False)
+        count = int(result.vm["log_count"][0])
+        if count <= capacity:
+            rows = run.logs[0][0, :count].view(LOG)[:, 0]
+            return LaneLog(rows[np.argsort(rows["host_ps"], kind="stable")], result)
+        capacity = count
 
 
 def _result(run: _Run, seconds: float, interrupted: bool) -> Result:

@@ -20,6 +20,7 @@ from spepolicy.machine.rows import (
     window_row,
 )
 from spepolicy.machine.state import Machine
+from spepolicy.machine.trace import BLACK, LIGHT, ZERO, log_at
 
 
 @jit
@@ -47,6 +48,7 @@ def account(m: Machine, i: int, k: int, elapsed_ps: int, active: bool) -> None:
         v.window_cause = v.stop_cause
         v.window_ps = 0
         v.window_missed_ops = 0
+        log_at(m, i, k, v.window_start_ps, BLACK, v.window_cause, ZERO, ZERO)
     v.window_ps += elapsed_ps
     v.window_missed_ops += ops
     tr.missed_ops += ops
@@ -66,6 +68,7 @@ def _log_window(m: Machine, i: int, k: int, end_ps: int) -> None:
     w.missed_ops = v.window_missed_ops
     w.cause = v.window_cause
     vm.window_count += 1
+    log_at(m, i, k, end_ps, LIGHT, v.window_cause, v.window_ps, v.window_missed_ops)
     v.window_open = 0
 
 

@@ -18,7 +18,7 @@ from spepolicy.mmu.regime import STAGE
 from spepolicy.mmu.walker import STATE
 
 # Streams of random draws; a stream never gets another number, or results change.
-_PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT = range(5)
+_PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT, _LOG = range(6)
 
 PAGE_TABLE_ARRAYS = ("pool", "host_page")
 
@@ -102,13 +102,14 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
         m.vcpu["key_program"][i, k] = stream_key(seed, replicate, _PROGRAM, k)
         m.vcpu["key_sample"][i, k] = stream_key(seed, replicate, _SAMPLE, k)
         m.vcpu["key_kvm"][i, k] = stream_key(seed, replicate, _KVM, k)
+        m.vcpu["key_log"][i, k] = stream_key(seed, replicate, _LOG, k)
     # Replicates enter the recording at different places, so that together they see all of it.
     m.vm["host_index"][i] = (layout[3] & 0xFFFF_FFFF) % len(m.rec_ps) if scenario.host.kind == HostKind.RECORDED else 0
 
 
-def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
-    """Allocate a machine for *lanes* lanes. `reset` makes it ready; it can be used for one set of replicates after the
-    other.
+def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int = 0) -> Machine:
+    """Allocate a machine for *lanes* lanes with an event log of *log_rows* rows each. `reset` makes it ready; it can be
+    used for one set of replicates after the other.
     """
     vcpus, workload = scenario.guest.vcpus, scenario.workload
     functions, distributions = len(workload.function_names), len(workload.op_ps)
@@ -127,6 +128,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int) -> Machine:
         vcpu=lane_array(vcpus, dtype=VCPU),
         truth=lane_array(vcpus, dtype=TRUTH),
         window=lane_array(WINDOW_LOG + 4 * vcpus, dtype=WINDOW),
+        log=lane_array(log_rows, 5),
         lost=lane_array(vcpus, LOST_CAUSES),
         blackout_ps=lane_array(vcpus, LOST_CAUSES),
         claims=lane_array(6, 6),
@@ -188,6 +190,7 @@ def reset(m: Machine, scenario: Scenario, replicates: Sequence[int] | NDArray[np
     m.vcpu["irq_ps"][:lanes] = NEVER
     m.vcpu["reader_ps"][:lanes] = NEVER
     m.vcpu["claim"][:lanes] = -1
+    m.vcpu["logged_profiling"][:lanes] = -1
     m.truth["first_fault_ps"][:lanes] = NEVER
     for i, replicate in enumerate(replicates):
         _seed_lane(m, i, scenario, int(replicate))

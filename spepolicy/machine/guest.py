@@ -32,6 +32,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
 )
 from spepolicy.machine.state import NEVER, Hook, Machine, Segment
+from spepolicy.machine.trace import VIRQ, ZERO, log
 
 _USER = int(Segment.USER)
 _KERNEL = int(Segment.KERNEL)
@@ -180,6 +181,7 @@ def take_virq(m: Machine, i: int, k: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     v.resume_whole_ps = v.segment_ps
+    log(m, i, k, VIRQ, ZERO, ZERO, ZERO)
     interrupt_program(v)
     _driver_code(m, v, _IRQ_ENTRY, par.irq_entry_ps)
 

@@ -37,6 +37,7 @@ from spepolicy.machine.rows import (
     vm_row,
 )
 from spepolicy.machine.state import NEVER, Machine
+from spepolicy.machine.trace import HOST_OP, UNMAPPED, log_host
 from spepolicy.mmu.memory import attach, detach
 from spepolicy.mmu.tables import S2_LEAF
 from spepolicy.mmu.walker import AF, S2_WRITE, VALID
@@ -242,6 +243,7 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
         host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
     if effect & UNMAP != 0:
         vm.notifier_calls += 1
+        before = vm.stage2_unmapped
         if word & PIN_MASK != 0 and (par.notifier_filter >> EVENT[op]) & 1 != 0:
             vm.notifier_ignored += 1
         else:
@@ -250,6 +252,8 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
                 vm.stage2_unmapped += 1
                 word = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
                 invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
+        if word & PIN_MASK != 0 or vm.stage2_unmapped != before:
+            log_host(m, i, UNMAPPED, op, page | (1 << 32), vm.stage2_unmapped - before)
         host_page(m, i)[page] = _change_backing(m, i, page, word, effect)
     if role == ROLE_HOT:
         cpu_touch(m, i, page, 0)  # a CPU's next walk faults it in again, long before the SPU's
@@ -264,6 +268,7 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
     tables = pool(m, i)
     refs = pool_refs(m, i)
     ignores = (par.notifier_filter >> EVENT[op]) & 1 != 0
+    before = vm.stage2_unmapped
     slot = -1
     for page in range(first, last):
         ipa = (par.ram_page0 + page) << 12
@@ -285,6 +290,7 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
             else:
                 tables[slot, (ipa >> 12) & 511] = 0
                 refs[slot] -= 1
+    log_host(m, i, UNMAPPED, op, first | ((last - first) << 32), vm.stage2_unmapped - before)
     invalidate_tlb(m, i, par.ram_page0 + first, par.ram_page0 + last)
     for page in range(first, last):
         if words[page] & ROLE_MASK == ROLE_HOT << ROLE_SHIFT:
@@ -356,6 +362,7 @@ def host_event(m: Machine, i: int) -> None:
         last = widen(rec_end(m)[n])
     vm.host_events += 1
     host_ops(m, i)[op] += 1
+    log_host(m, i, HOST_OP, op, first, last)
     if op == _CPU_TOUCH:
         for page in range(first, last):
             # The recorded guest touched its page; ours has its own users for buffer and table pages.

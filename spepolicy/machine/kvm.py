@@ -14,6 +14,7 @@ from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.rows import exponential, params, truth_row, vcpu_row
 from spepolicy.machine.spu import drain
 from spepolicy.machine.state import NEVER, Hook, Machine
+from spepolicy.machine.trace import EXIT, INJECTED, INTERRUPT, ONE, TRAPPED, ZERO, log
 
 _STAGE2_FAULT = int(Hook.STAGE2_FAULT)
 _NONE = int(Hook.NONE)
@@ -26,6 +27,8 @@ def access(m: Machine, i: int, k: int, pmb: int, pms: int) -> None:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     trapped = pmb * par.trap_pmb + pms * par.trap_pms
+    if trapped != 0:
+        log(m, i, k, TRAPPED, trapped, pmb * par.trap_pmb, pms * par.trap_pms)
     tr.traps += trapped
     tr.trap_total_ps += trapped * par.trap_ps
     v.host_ps += trapped * par.trap_ps
@@ -65,6 +68,7 @@ def inject(m: Machine, i: int, k: int, syndrome: int) -> None:
     v.guest_pmbsr = syndrome
     v.pmbsr = syndrome | PMBSR_S
     v.virq = 1
+    log(m, i, k, INJECTED, ZERO, syndrome, ZERO)
     v.host_ps += par.inject_ps
     tr.event_total_ps += par.inject_ps
 
@@ -77,6 +81,7 @@ def take_interrupt(m: Machine, i: int, k: int) -> int:
     tr = truth_row(m, i, k)
     v.irq_ps = NEVER
     tr.irqs += 1
+    log(m, i, k, INTERRUPT, par.virtualized, ZERO, ZERO)
     if par.virtualized == 0:
         v.event_seen = 1
         v.virq = 1
@@ -104,6 +109,7 @@ def ordinary_exit(m: Machine, i: int, k: int, preempted: bool) -> int:
     else:
         v.exit_next_ps = v.now_ps + _gap(m, v, par.exit_interval_ps)
         tr.exits += 1
+    log(m, i, k, EXIT, ONE if preempted else ZERO, cost, ZERO)
     v.host_ps += cost
     tr.other_host_ps += cost
     if v.pmblimitr & PMBLIMITR_E != 0:

@@ -20,6 +20,7 @@ from spepolicy.machine.linux_spe import read_ring
 from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
 from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
 from spepolicy.machine.state import NEVER, WINDOW_LOG, Hook, Machine, Segment
+from spepolicy.machine.trace import HOOK, ZERO, log, log_state
 
 _KERNEL = int(Segment.KERNEL)
 _DONE = int(Segment.DONE)
@@ -48,6 +49,7 @@ def _advance(m: Machine, i: int, k: int, until_ps: int) -> None:
     while v.now_ps < until_ps:
         begin = v.now_ps
         active = profiling_enabled(v)
+        log_state(m, i, k, active)
         if active:
             run_counter(v, op_ps(m)[v.distribution])
             v.now_ps = sample_until(m, i, k, until_ps)
@@ -105,6 +107,8 @@ def _wait(m: Machine, i: int, hook: int, k: int) -> None:
     vm = vm_row(m, i)
     vm.hook = hook
     vm.hook_vcpu = k
+    if hook != _LOG_FULL:
+        log(m, i, k, HOOK, hook, ZERO, ZERO)
 
 
 @jit

@@ -44,6 +44,29 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
+from spepolicy.machine.trace import (
+    AUX,
+    AUX_BEGIN,
+    HANDLED,
+    ONE,
+    PADDED,
+    READ,
+    REG_PMBLIMITR,
+    REG_PMBPTR,
+    REG_PMBSR,
+    REG_PMSCR,
+    REG_PMSEVFR,
+    REG_PMSFCR,
+    REG_PMSIRR,
+    REG_PMSLATFR,
+    REGISTER,
+    RENEWED,
+    RING_FULL,
+    SETTLED,
+    TWO,
+    ZERO,
+    log,
+)
 from spepolicy.mmu.tables import S1_LEAF
 from spepolicy.mmu.walker import OA_MASK
 
@@ -68,6 +91,7 @@ def output_end(m: Machine, i: int, k: int, size: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
+    log(m, i, k, AUX, v.aux_flags, v.handle_head, size)
     v.aux_head += size
     v.handle_open = 0
     watermark = (par.buffer_pages << 12) >> 1
@@ -94,6 +118,7 @@ def settle_records(m: Machine, i: int, k: int, discard: bool) -> None:
         if not discard:
             seen(m, i, k)[f] += unseen(m, i, k)[f]
         unseen(m, i, k)[f] = 0
+    log(m, i, k, SETTLED, ONE if discard else ZERO, tr.pending, ZERO)
     if discard:
         tr.discarded += tr.pending
     else:
@@ -106,6 +131,7 @@ def _skip(m: Machine, i: int, k: int, size: int) -> None:
     """Fill *size* bytes with padding and skip them (arm_spe_pmu_pad_buf, perf_aux_output_skip)."""
     v = vcpu_row(m, i, k)
     par = params(m, i)
+    log(m, i, k, PADDED, ZERO, v.aux_head, size)
     v.aux_head += size
     v.handle_head = v.aux_head
     watermark = (par.buffer_pages << 12) >> 1
@@ -178,6 +204,9 @@ def output_begin(m: Machine, i: int, k: int) -> None:
     v.handle_head = v.aux_head
     v.pmbptr = v.buffer_va + head
     v.pmblimitr = (v.buffer_va + limit) | PMBLIMITR_E
+    log(m, i, k, AUX_BEGIN, ZERO, v.aux_head, v.aux_head + limit - head)
+    log(m, i, k, REGISTER, REG_PMBPTR, v.pmbptr, ZERO)
+    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
     access(m, i, k, 2, 0)
 
 
@@ -189,6 +218,8 @@ def _no_space(m: Machine, i: int, k: int) -> None:
     v.event_active = 0
     v.stop_cause = _RING_FULL
     tr.ring_full += 1
+    log(m, i, k, RING_FULL, ZERO, ZERO, ZERO)
+    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
     _wake_reader(par, v)
 
 
@@ -208,6 +239,11 @@ def start_sampling(m: Machine, i: int, k: int) -> None:
     v.pmslatfr = par.min_latency_cycles
     v.pmsirr = par.period_ops | (PMSIRR_RND if par.jitter != 0 else 0)
     v.pmscr = (PMSCR_E0SPE if par.profile_user != 0 else 0) | (PMSCR_E1SPE if par.profile_kernel != 0 else 0)
+    log(m, i, k, REGISTER, REG_PMSFCR, v.pmsfcr, ZERO)
+    log(m, i, k, REGISTER, REG_PMSEVFR, v.pmsevfr, ZERO)
+    log(m, i, k, REGISTER, REG_PMSLATFR, v.pmslatfr, ZERO)
+    log(m, i, k, REGISTER, REG_PMSIRR, v.pmsirr, ZERO)
+    log(m, i, k, REGISTER, REG_PMSCR, v.pmscr, ZERO)
     access(m, i, k, 0, 6)
 
 
@@ -217,6 +253,7 @@ def stop_sampling(m: Machine, i: int, k: int) -> None:
     v = vcpu_row(m, i, k)
     hold_counter(v, v.now_ps)
     v.pmscr = 0
+    log(m, i, k, REGISTER, REG_PMSCR, v.pmscr, ZERO)
     drain(m, i, k)
     access(m, i, k, 0, 1)
 
@@ -244,6 +281,7 @@ def stop_buffer(m: Machine, i: int, k: int) -> None:
     """arm_spe_pmu_stop(), second part: PMBLIMITR_EL1=0, then close an open handle by what PMBSR_EL1 says."""
     v = vcpu_row(m, i, k)
     v.pmblimitr &= ~PMBLIMITR_E
+    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
     access(m, i, k, 1, 0)
     if v.handle_open != 0:
         syndrome = visible_syndrome(params(m, i), v)
@@ -251,6 +289,7 @@ def stop_buffer(m: Machine, i: int, k: int) -> None:
         if syndrome & PMBSR_S != 0:
             _collect(m, i, k, syndrome)
             clear_syndrome(v)
+            log(m, i, k, REGISTER, REG_PMBSR, ZERO, ZERO)
             access(m, i, k, 1, 0)
         else:
             _collect(m, i, k, (syndrome & PMBSR_COLL) | BSC_FULL)
@@ -285,6 +324,7 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
     v.virq = 0
     if syndrome & PMBSR_S == 0 or v.handle_open == 0:
         tr.spurious += 1
+        log(m, i, k, HANDLED, ZERO, syndrome, ZERO)
         if syndrome & PMBSR_S != 0:
             clear_syndrome(v)
         return False
@@ -298,12 +338,15 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
     if fatal or v.event_active == 0:
         stop_sampling(m, i, k)
         v.pmblimitr = 0
+        log(m, i, k, REGISTER, REG_PMBLIMITR, ZERO, ZERO)
         access(m, i, k, 1, 0)
     else:
         output_begin(m, i, k)
         if v.event_active == 0:
             stop_sampling(m, i, k)  # no space: perf's irq_work disables the event before the handler returns
     clear_syndrome(v)
+    log(m, i, k, REGISTER, REG_PMBSR, ZERO, ZERO)
+    log(m, i, k, HANDLED, TWO if v.pmblimitr == 0 else ONE, syndrome, ZERO)
     access(m, i, k, 1, 0)
     return v.pmblimitr & PMBLIMITR_E != 0
 
@@ -326,6 +369,7 @@ def read_ring(m: Machine, i: int, k: int) -> None:
         slot, entry, _reads = va_leaf(m, i, va)
         if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and par.virtualized != 0:
             tr.cpu_faults += cpu_touch(m, i, ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0, 0)
+    log(m, i, k, READ, ZERO, v.aux_tail, v.aux_head)
     v.aux_tail = v.aux_head
     v.reader_ps = NEVER
     if v.event_active == 0:
@@ -342,6 +386,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     v.buffer_generation += 1
+    log(m, i, k, RENEWED, ZERO, v.buffer_generation, ZERO)
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = va_leaf(m, i, va)

@@ -26,6 +26,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("vcpu", VCPU, 2),
     ("truth", TRUTH, 2),
     ("window", WINDOW, 2),
+    ("log", np.int64, 3),
     ("lost", np.int64, 3),
     ("blackout_ps", np.int64, 3),
     ("claims", np.int64, 3),
@@ -153,6 +154,7 @@ walk_row = _make("walk", "i")
 vcpu_row = _make("vcpu", "ik")
 truth_row = _make("truth", "ik")
 window_row = _make("window", "ik")
+log_rows = _make("log", "i")
 lost = _make("lost", "ik")
 blackout_ps = _make("blackout_ps", "ik")
 claims = _make("claims", "i")

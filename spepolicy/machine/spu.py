@@ -35,6 +35,7 @@ from spepolicy.machine.rows import (
     exponential,
     frames,
     host_page,
+    log_rows,
     lost,
     outcome_events,
     outcome_function,
@@ -51,6 +52,18 @@ from spepolicy.machine.rows import (
     walk_row,
 )
 from spepolicy.machine.state import LostCause, Machine
+from spepolicy.machine.trace import (
+    COLLIDED,
+    FILTERED,
+    LOST,
+    STOPPED,
+    WRITTEN,
+    ZERO,
+    latencies,
+    log,
+    log_at,
+    log_selection,
+)
 from spepolicy.mmu.memory import NO_ZERO_RANGES
 from spepolicy.mmu.walker import FSC_MASK, MARK_DIRTY, STAGE2, WRITE, translate
 
@@ -202,6 +215,8 @@ def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_p
     lost(m, i, k)[cause] += 1
     tr.fault_loss_cause = cause
     stop(par, v, syndrome, at_ps, cause)
+    log_at(m, i, k, at_ps, LOST, cause, address, ZERO)
+    log_at(m, i, k, at_ps, STOPPED, cause, v.pmbsr, v.pmbptr)
     if status & STAGE2 != 0 and tr.stage2_faults == 1:
         tr.first_fault_ps = at_ps + v.host_ps
         tr.first_fault_va = address
@@ -219,6 +234,7 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
     kind = outcome_type(m)[outcome] & 7
     if v.pmsfcr != 0 and rejected(v, kind, outcome_events(m)[outcome], min(v.flight_latency, par.latency_max)):
         tr.filtered += 1
+        log_at(m, i, k, at_ps, FILTERED, ZERO, ZERO, ZERO)
         return False
     size = record_bytes(par, kind)
     pointer = v.pmbptr
@@ -235,12 +251,15 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
             _fault(m, i, k, status, boundary, 1, at_ps)
             return True
     v.pmbptr = pointer + size
+    if log_rows(m, i).shape[0] != 0:
+        log_at(m, i, k, at_ps, WRITTEN, size, pointer, latencies(m, i, k))
     _book(tr, 1)
     unseen(m, i, k)[outcome_function(m)[outcome]] += 1
     tr.digest = (tr.digest ^ _word(outcome, v.flight_latency, pointer)) * _DIGEST
     if v.pmbptr > (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes:
         tr.buffer_full += 1
         stop(par, v, (EC_OTHER << PMBSR_EC_SHIFT) | BSC_FULL, at_ps, _FULL)
+        log_at(m, i, k, at_ps, STOPPED, _FULL, v.pmbsr, v.pmbptr)
         return True
     return False
 
@@ -265,7 +284,8 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
     kinds, functions, histogram = outcome_type(m), outcome_function(m), unseen(m, i, k)
     cycle_ps = par.cycle_ps
     fixed = par.max_record_bytes if par.align_bytes == par.max_record_bytes else 0
-    filtering = v.pmsfcr != 0
+    logging = log_rows(m, i).shape[0] != 0
+    plain = v.pmsfcr == 0 and not logging
     last_start = (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes
     key, draws, select, busy, flight = v.key_sample, v.sample_draws, v.select_ps, v.busy_until_ps, v.flight
     outcome, latency, pointer, page, digest = v.flight_outcome, v.flight_latency, v.pmbptr, v.tlb_page, tr.digest
@@ -276,12 +296,7 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
     while True:
         if flight != 0 and busy <= until_ps and busy <= select:
             size = fixed if fixed != 0 else record_bytes(par, kinds[outcome] & 7)
-            if (
-                not filtering
-                and pointer >> 12 == page
-                and (pointer + size - 1) >> 12 == page
-                and pointer + size <= last_start
-            ):
+            if plain and pointer >> 12 == page and (pointer + size - 1) >> 12 == page and pointer + size <= last_start:
                 flight = 0
                 histogram[functions[outcome]] += 1
                 digest = (digest ^ _word(outcome, latency, pointer)) * _DIGEST
@@ -309,6 +324,8 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
                 # Rule 14: one sample at a time; the new one is dropped. A drain writes the record earlier but the
                 # operation still takes its time, so that a world switch does not change which samples collide.
                 collided += 1
+                if logging:
+                    log_at(m, i, k, at, COLLIDED, ZERO, ZERO, ZERO)
                 continue
             slot = (bits >> 8) & 0xFF
             outcome = choice[slot, 0] if (bits >> 16) & 0xFF_FFFF < threshold[slot] else choice[slot, 1]
@@ -316,6 +333,8 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
             latency = latencies[outcome] + ((spreads[outcome] * table[(bits >> 40) & 1023]) >> 20)
             flight = 1
             busy = at + latency * cycle_ps
+            if logging:
+                log_selection(m, i, k, at, outcome, draws - 1)
         else:
             break
     v.sample_draws, v.busy_until_ps, v.flight = draws, busy, flight
@@ -354,3 +373,4 @@ def drain(m: Machine, i: int, k: int) -> None:
             # Rule 7: with the buffer disabled or stopped a collected record is discarded.
             v.flight = 0
             lost(m, i, k)[v.stop_cause] += 1
+            log(m, i, k, LOST, v.stop_cause, v.pmbptr, ZERO)

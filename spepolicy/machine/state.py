@@ -115,6 +115,7 @@ pin_refused         pages refused by the memlock limit
 stale_pins          pinned pages that the host replaced behind the pin
 startup_ps          time spent in vm_created
 window_count        rows in the blackout window log
+log_count           rows appended to the event log, those that did not fit included
 """
 
 # VCPU: clocks, registers, SPU, guest and KVM state of one vCPU.
@@ -133,6 +134,7 @@ guest_pmbsr         PMBSR_EL1 as the guest reads it
 key_program         hash keys of this vCPU's random streams
 key_sample
 key_kvm
+key_log             hash key of what only the event log needs (spepolicy.machine.trace)
 program_draws       counters of these streams
 sample_draws
 kvm_draws
@@ -144,6 +146,7 @@ busy_until_ps       the sampled operation in flight completes
 flight              1: a sample is in flight
 flight_outcome      its outcome
 flight_latency      its latency in cycles
+flight_counter      counter of the draw that selected it, kept for the event log only
 tlb_page            virtual page that the last record went to, -1 if none: must be in the TLB
 stop_ps             guest time at which the SPU stopped last
 stop_cause          LostCause of it
@@ -195,6 +198,8 @@ window_start_host_ps
 window_cause
 window_ps           guest time in it that was wanted
 window_missed_ops   missed operations in it
+logged_segment      what the event log last said that it executes, packed
+logged_profiling    whether it last said that profiling is enabled
 """
 
 # TRUTH: what only the judge may know.
@@ -325,6 +330,7 @@ class Machine(NamedTuple):
     vcpu: NDArray[np.void]  # VCPU[N, V]
     truth: NDArray[np.void]  # TRUTH[N, V]
     window: NDArray[np.void]  # WINDOW[N, WINDOW_LOG]
+    log: Ints  # [N, C, 5] event log, rows of spepolicy.machine.trace.LOG; C = 0: no log
     lost: Ints  # [N, V, LOST_CAUSES] samples lost by cause
     blackout_ps: Ints  # [N, V, LOST_CAUSES] guest time wanted and not active, by cause
     claims: Ints  # [N, 6, 6] stage 2 faults by claimed and true Cause

@@ -40,6 +40,7 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
+from spepolicy.machine.trace import CLAIMED, MAPPED, PINNED, RESUMED, UNPINNED, WALKED, ZERO, log
 from spepolicy.mmu.memory import find
 from spepolicy.mmu.regime import UPPER
 from spepolicy.mmu.tables import S2_LEAF, leaf_descriptor, level_shift
@@ -145,6 +146,7 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
             count += 1
         v.pin_fresh = count
         v.walk_status = status[n] & (FSC_MASK | STAGE1)
+        log(m, i, k, WALKED, v.walk_status, count, ZERO)
         _charge(m, i, k, reads * par.walk_read_ps)
     return status
 
@@ -164,6 +166,7 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         fresh = pins(m, i, k)[1 - v.pin_list]
         if vm.pinned_pages + v.pin_fresh > par.memlock_pages:
             vm.pin_refused += v.pin_fresh
+            log(m, i, k, PINNED, PIN_OVER_LIMIT, v.pin_fresh, ZERO)
             v.pin_fresh = 0
             result[n] = PIN_OVER_LIMIT
             continue
@@ -173,6 +176,7 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         vm.pin_calls += done
         _account_pins(vm, done, v.now_ps + v.host_ps)
         v.pin_fresh = done
+        log(m, i, k, PINNED, result[n], done, ZERO)
         _charge(m, i, k, cost)
         if result[n] != PIN_OK:
             _unpin_list(m, i, k, 1 - v.pin_list, done)
@@ -227,6 +231,8 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
         if words[page] & PIN_MASK != 0:
             words[page] -= PIN_ONE
     _account_pins(vm, -count, v.now_ps + v.host_ps)
+    if count != 0:
+        log(m, i, k, UNPINNED, ZERO, count, ZERO)
     _charge(m, i, k, count * par.unpin_page_ps)
 
 
@@ -270,6 +276,7 @@ def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
                 failed[n] = 1
                 break
             cost += paid
+        log(m, i, k, MAPPED, failed[n], v.pin_fresh, ZERO)
         v.pin_fresh = 0
         _charge(m, i, k, cost + (vm.stage2_maps - before) * par.map_page_ps)
     return failed
@@ -359,6 +366,7 @@ def resume(m: Machine, lanes: Ints, vcpus: Ints) -> None:
         tr = truth_row(m, lanes[n], vcpus[n])
         if v.pmbsr & PMBSR_DL != 0:
             tr.resumed_cut += 1
+        log(m, lanes[n], vcpus[n], RESUMED, ZERO, v.pmbptr, ZERO)
         v.pmbsr &= PMBSR_COLL
         v.guest_pmbsr = 0
         v.event_seen = 0
@@ -372,6 +380,7 @@ def score_claims(m: Machine, lanes: Ints, vcpus: Ints) -> None:
         v = vcpu_row(m, lanes[n], vcpus[n])
         tr = truth_row(m, lanes[n], vcpus[n])
         claims(m, lanes[n])[max(v.claim, 0), tr.fault_cause] += 1
+        log(m, lanes[n], vcpus[n], CLAIMED, max(v.claim, 0), tr.fault_cause, ZERO)
 
 
 @entry
