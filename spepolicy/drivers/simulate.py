@@ -10,10 +10,11 @@ its result.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,16 @@ from spepolicy.errors import ConfigurationError, HookError, SpePolicyError
 from spepolicy.hookspecs import PolicySpec, Trap
 from spepolicy.jit import COMPILED, cache_dir
 from spepolicy.machine import toolbox
-from spepolicy.machine.build import Behaviour, allocate, bytes_per_lane, reset, smallest_machine
+from spepolicy.machine.build import (
+    Behaviour,
+    allocate,
+    bytes_per_lane,
+    reset,
+    shape_of,
+    share,
+    shared_key,
+    smallest_machine,
+)
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
@@ -43,11 +53,12 @@ _HOOK_NAMES = {
 }
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
 # gigabyte.
-_CHUNK_LANES = 512
+CHUNK_LANES = 512
 _NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
 _VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
 _COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
+_MADE = ("replicates", "host_elapsed_ps", "finished")
 _KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
 
 
@@ -157,15 +168,27 @@ def _name(policy: object) -> str:
     return type(policy).__name__
 
 
-class _Chunk:
-    """Some lanes of a run on one machine, from start to end."""
+@dataclass(frozen=True)
+class Piece:
+    """Lanes of one scenario."""
 
-    def __init__(self, run: _Run, m: Machine, replicates: Ints) -> None:
+    scenario: Scenario
+    replicates: Ints  # [n]
+
+
+class _Chunk:
+    """Some lanes of one policy on one machine, from start to end."""
+
+    def __init__(self, run: Runner, m: Machine, pieces: Sequence[Piece]) -> None:
         self.run, self.m, self.handle = run, m, context(m)
-        self.lanes = np.arange(len(replicates), dtype=np.int64)
-        reset(m, run.scenario, replicates)
+        self.pieces = pieces
+        first = 0
+        for piece in pieces:
+            reset(m, piece.scenario, piece.replicates, run.behaviour, first)
+            first += len(piece.replicates)
+        self.lanes = np.arange(first, dtype=np.int64)
         state = getattr(run.policy, "State", np.dtype([]))
-        self.rows = np.zeros((len(replicates), run.scenario.guest.vcpus), dtype=state)
+        self.rows = np.zeros((first, pieces[0].scenario.guest.vcpus), dtype=state)
         self.windows: list[NDArray[np.void]] = []
 
     def execute(self) -> None:
@@ -243,70 +266,120 @@ def call_hook(
         toolbox.score_claims(handle, lanes, vcpus)
 
 
-class _Run:
-    """One call of `simulate`: the policy, and the lanes cut into chunks."""
+class Runner:
+    """One policy, ready to run chunks of lanes; any number of threads may call `run` at once, each with its own
+    `Machines`.
+    """
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        policy: object,
-        name: str,
-        replicates: Sequence[int],
-        threads: int,
-        log_rows: int = 0,
-    ) -> None:
+    def __init__(self, policy: object, name: str) -> None:
         from spepolicy.plugins import make_plugin_manager
 
-        self.scenario, self.policy, self.name = scenario, policy, name
+        self.policy, self.name = policy, name
         self.manager = make_plugin_manager(policy, ())
         self.behaviour = behaviour_of(policy, self.manager)
-        self.replicates = np.asarray(replicates, dtype=np.int64)
         self.stopping = False
-        lanes = len(replicates)
-        size = min(_CHUNK_LANES, -(-lanes // threads))
-        self.starts = iter(range(0, lanes, size))
-        self.size = size
-        self.lanes_done = 0
+        self.running: dict[int, _Chunk] = {}  # by thread
         self.memory: dict[str, int] = {}
-        self.parts: list[tuple[int, dict[str, NDArray[Any]], NDArray[np.void]]] = []
-        self.running: dict[int, _Chunk] = {}
-        self.log_rows = log_rows
-        self.logs: list[NDArray[np.int64]] = []  # the whole log array of each chunk, where there is one
 
-    def work(self) -> None:
-        """Worker thread: take chunks until none is left. The machine is allocated once: fresh memory costs more than
-        its layout.
+    def run(self, pieces: Sequence[Piece], machines: Machines) -> list[Result]:
+        """Run the lanes of all *pieces* side by side and return a result a piece.
+
+        The pieces agree in `spepolicy.machine.build.shared_key`; otherwise their scenarios may differ, and no lane can
+        tell who is beside it. If `stopping` becomes true meanwhile, lanes are left unfinished (`Result.finished`).
         """
-        m: Machine | None = None
+        begin = time.perf_counter()
         with np.errstate(over="ignore"):
-            while not self.stopping and (start := next(self.starts, None)) is not None:
-                replicates = self.replicates[start : start + self.size]
-                if m is None:
-                    m = allocate(self.scenario, self.behaviour, len(replicates), self.log_rows)
-                    self.memory = bytes_per_lane(m)
-                chunk = _Chunk(self, m, replicates)
-                self.running[start] = chunk
+            m = machines.fitting(pieces, self.behaviour)
+            self.memory = bytes_per_lane(m)
+            chunk = _Chunk(self, m, pieces)
+            me = threading.get_ident()
+            self.running[me] = chunk
+            try:
                 chunk.execute()
-                self.parts.append((start, _copy(m, len(replicates)), _join(chunk.windows, start)))
-                if self.log_rows:
-                    self.logs.append(m.log[: len(replicates)].copy())
-                del self.running[start]
-                self.lanes_done += len(replicates)
+            finally:
+                del self.running[me]
+        return _results(chunk, time.perf_counter() - begin)
 
-    def share_done(self) -> float:
-        """Return how much of the guests' time has passed, 0..1."""
-        under_way = sum(float(c.m.vcpu["now_ps"][c.lanes].mean(axis=1).sum()) for c in list(self.running.values()))
-        return (self.lanes_done + under_way / self.scenario.duration_ps) / len(self.replicates)
+    def guest_ps_under_way(self) -> float:
+        """Return how much guest time has passed in the chunks that are running, summed over lanes."""
+        return sum(float(c.m.vcpu["now_ps"][c.lanes].mean(axis=1).sum()) for c in list(self.running.values()))
 
 
-def _copy(m: Machine, lanes: int) -> dict[str, NDArray[Any]]:
-    return {name: getattr(m, name)[:lanes].copy() for name in _KEPT}
+class Machines:
+    """The machine of one worker, kept from chunk to chunk: fresh memory costs more than its layout."""
+
+    def __init__(self, log_rows: int = 0) -> None:
+        """*log_rows*: room in the event log of each lane."""
+        self._log_rows = log_rows
+        self._kept: Machine | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def fitting(self, pieces: Sequence[Piece], behaviour: Behaviour) -> Machine:
+        """Return a machine with room for all lanes of *pieces*; it is valid until the next call."""
+        scenario = pieces[0].scenario
+        lanes = sum(len(piece.replicates) for piece in pieces)
+        assert len({shared_key(piece.scenario) for piece in pieces}) == 1, "pieces of a chunk do not fit together"
+        shape = shape_of(scenario)
+        if self._kept is not None and shape == self._shape and len(self._kept.par) >= lanes:
+            self._kept = share(self._kept, scenario)
+        else:
+            self._kept = None  # before the next is made: there is memory for one
+            self._kept, self._shape = allocate(scenario, behaviour, lanes, self._log_rows), shape
+        return self._kept
+
+    def log(self) -> NDArray[np.int64]:
+        """Return the event logs that the last chunk left: int64[lanes, log_rows, 5], valid until the next chunk."""
+        assert self._kept is not None, "no chunk has run"
+        return self._kept.log
 
 
-def _join(windows: list[NDArray[np.void]], first_lane: int) -> NDArray[np.void]:
-    joined = np.concatenate(windows) if windows else np.zeros(0, dtype=_WINDOW_ROW)
-    joined["lane"] += first_lane
-    return joined
+def _results(chunk: _Chunk, seconds: float) -> list[Result]:
+    """Cut what a chunk left behind into one result a piece. The time is shared out by lanes."""
+    m, run = chunk.m, chunk.run
+    windows = np.concatenate(chunk.windows) if chunk.windows else np.zeros(0, dtype=_WINDOW_ROW)
+    windows = windows[np.lexsort((windows["start_host_ps"], windows["vcpu"], windows["lane"]))]
+    results = []
+    first = 0
+    for piece in chunk.pieces:
+        end = first + len(piece.replicates)
+        kept = {name: getattr(m, name)[first:end].copy() for name in _KEPT}
+        begin_row, end_row = np.searchsorted(windows["lane"], (first, end))
+        mine = windows[begin_row:end_row].copy()
+        mine["lane"] -= first
+        results.append(
+            Result(
+                policy=run.name,
+                scenario=piece.scenario,
+                replicates=piece.replicates,
+                windows=mine,
+                finished=kept["vm"]["finished"] != 0,
+                host_elapsed_ps=(kept["vcpu"]["now_ps"] + kept["vcpu"]["host_ps"]).max(axis=1),
+                samples=int(kept["truth"]["selected"].sum()),
+                seconds=seconds * len(piece.replicates) / len(chunk.lanes),
+                memory=run.memory,
+                **kept,
+            )
+        )
+        first = end
+    return results
+
+
+def chunks_of(pieces: Sequence[Piece], lanes: int) -> list[list[Piece]]:
+    """Cut *pieces* into chunks of at most *lanes* lanes that can run side by side, in the order of the pieces."""
+    together: dict[tuple[Any, ...], list[list[Piece]]] = {}
+    room: dict[tuple[Any, ...], int] = {}
+    for piece in pieces:
+        key = shared_key(piece.scenario)
+        begin = 0
+        while begin < len(piece.replicates):
+            if not room.get(key):
+                together.setdefault(key, []).append([])
+                room[key] = lanes
+            part = piece.replicates[begin : begin + room[key]]
+            together[key][-1].append(Piece(piece.scenario, part))
+            begin += len(part)
+            room[key] -= len(part)
+    return [chunk for chunks in together.values() for chunk in chunks]
 
 
 def compile_machine(say: Callable[[str], None]) -> None:
@@ -352,22 +425,43 @@ def simulate(
         raise ConfigurationError("replicates is empty. Rule: at least one lane.")
     threads = threads or len(os.sched_getaffinity(0))
     begin = time.perf_counter()
-    run = _Run(scenario, policy, name, replicates, threads)
+    runner = Runner(policy, name)
+    order = np.asarray(replicates, dtype=np.int64)
+    size = min(CHUNK_LANES, -(-len(order) // threads))
+    todo = iter(enumerate(chunks_of([Piece(scenario, order)], size)))
+    parts: list[tuple[int, Result]] = []
     interrupted = False
+    told = 0.0
+
+    def work() -> None:
+        machines = Machines()
+        while not runner.stopping and (item := next(todo, None)) is not None:
+            parts.append((item[0], runner.run(item[1], machines)[0]))
+
+    def share_done() -> float:
+        done = float(sum(len(part.replicates) for _, part in list(parts)))
+        return (done + runner.guest_ps_under_way() / scenario.duration_ps) / len(order)
+
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending = {pool.submit(run.work) for _ in range(threads)}
+        pending = {pool.submit(work) for _ in range(threads)}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
                 if progress is not None:
-                    progress(run.share_done())
+                    told = max(told, share_done())  # a chunk that just ended is for a moment in neither sum
+                    progress(told)
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            run.stopping = True
-    return _result(run, time.perf_counter() - begin, interrupted)
+            runner.stopping = True
+    if not parts:
+        raise KeyboardInterrupt
+    result = _joined([part for _, part in sorted(parts, key=lambda item: item[0])], time.perf_counter() - begin)
+    if not interrupted and (len(result.replicates) != len(order) or not result.finished.all()):
+        raise AssertionError("a lane ended without reaching its duration: this is a bug in spepolicy.machine")
+    return result
 
 
 @dataclass(frozen=True)
@@ -388,42 +482,32 @@ def record_lane(scenario: Scenario, policy: object, *, name: str, replicate: int
     if capacity < 1:
         raise ConfigurationError(f"capacity is {capacity}. Rule: at least one row. Remedy: leave it out.")
     while True:
-        begin = time.perf_counter()
-        run = _Run(scenario, policy, name, [replicate], 1, capacity)
-        run.work()
-        result = _result(run, time.perf_counter() - begin, False)
+        machines = Machines(log_rows=capacity)
+        result = Runner(policy, name).run([Piece(scenario, np.array([replicate]))], machines)[0]
         count = int(result.vm["log_count"][0])
         if count <= capacity:
-            rows = run.logs[0][0, :count].view(LOG)[:, 0]
+            rows = machines.log()[0, :count].view(LOG)[:, 0]
             return LaneLog(rows[np.argsort(rows["host_ps"], kind="stable")], result)
         capacity = count
 
 
-def _result(run: _Run, seconds: float, interrupted: bool) -> Result:
-    """Put the chunks together in the order of the replicates. Lanes that an interruption left out are not in the
-    result.
-    """
-    run.parts.sort(key=lambda part: part[0])
-    kept = {name: np.concatenate([part[1][name] for part in run.parts]) for name in _KEPT} if run.parts else None
-    if kept is None:
-        raise KeyboardInterrupt
-    windows = np.concatenate([part[2] for part in run.parts])
-    order = np.concatenate([run.replicates[start : start + run.size] for start, _, _ in run.parts])
-    windows = windows[np.lexsort((windows["start_host_ps"], windows["vcpu"], windows["lane"]))]
-    finished = kept["vm"]["finished"] != 0
-    if not interrupted and (len(order) != len(run.replicates) or not finished.all()):
-        raise AssertionError("a lane ended without reaching its duration: this is a bug in spepolicy.machine")
-    return Result(
-        policy=run.name,
-        scenario=run.scenario,
-        replicates=order,
-        windows=windows,
-        finished=finished,
-        host_elapsed_ps=(kept["vcpu"]["now_ps"] + kept["vcpu"]["host_ps"]).max(axis=1),
-        samples=int(kept["truth"]["selected"].sum()),
+def _joined(parts: Sequence[Result], seconds: float) -> Result:
+    """Put the chunks of one scenario together. Lanes that an interruption left out are not in the result."""
+    offset = 0
+    windows = []
+    for part in parts:
+        rows = part.windows.copy()
+        rows["lane"] += offset
+        offset += len(part.replicates)
+        windows.append(rows)
+    names = (*_KEPT, *_MADE)
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(
+        parts[0],
+        windows=np.concatenate(windows),
+        samples=sum(part.samples for part in parts),
         seconds=seconds,
-        memory=run.memory,
-        **kept,
+        **arrays,
     )
 
 

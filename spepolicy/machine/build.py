@@ -44,7 +44,7 @@ def _table_pages(scenario: Scenario) -> tuple[int, int]:
     return stage1, stage1 + stage2
 
 
-def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> None:
+def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Behaviour) -> None:
     guest, cpu, kvm, costs, host = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs, scenario.host
     stage1_pages, _ = _table_pages(scenario)
     values: dict[str, int] = {
@@ -63,6 +63,7 @@ def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> No
         # On bare metal the host is the guest: nothing happens behind its back.
         "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
         "recording_scale_q16": host.time_scale_q16,
+        "recording_span_ps": _recording_span_ps(scenario),
         "phases": len(scenario.workload.phase_ps),
         "guest_tables": stage1_pages,
     }
@@ -71,23 +72,29 @@ def _fill_parameters(m: Machine, scenario: Scenario, behaviour: Behaviour) -> No
             if name in PARAMS.names and name not in values:  # type: ignore[operator]
                 values[name] = int(getattr(part, name))
     for name, value in values.items():
-        m.par[name] = int(value)
+        m.par[name][lanes] = int(value)
 
 
-def _recording(scenario: Scenario) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], int]:
-    """Return (time in ps, first page, end page, operation with write bit, span in ps), clipped to the guest's RAM."""
+def _recording(scenario: Scenario) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return (time in ps, first page, end page, operation with write bit), clipped to the guest's RAM."""
     recording = scenario.host.recording
     if scenario.host.kind != HostKind.RECORDED or recording is None:
         empty = np.zeros(1, dtype=np.int32)
-        return np.zeros(1, dtype=np.int64), empty, empty, np.zeros(1, dtype=np.uint8), 1
+        return np.zeros(1, dtype=np.int64), empty, empty, np.zeros(1, dtype=np.uint8)
     pages = scenario.guest.ram_pages
     first = np.minimum(recording.first_page, pages)  # type: ignore[attr-defined]
     end = np.minimum(recording.end_page, pages)  # type: ignore[attr-defined]
     keep = end > first
     time = recording.time_us[keep].astype(np.int64) * 1_000_000  # type: ignore[attr-defined]
     op = recording.op[keep].astype(np.uint8) | (recording.write[keep].astype(np.uint8) << 7)  # type: ignore[attr-defined]
-    span = int(recording.duration_us) * 1_000_000 + 1  # type: ignore[attr-defined]
-    return time, first[keep].astype(np.int32), end[keep].astype(np.int32), op, span
+    return time, first[keep].astype(np.int32), end[keep].astype(np.int32), op
+
+
+def _recording_span_ps(scenario: Scenario) -> int:
+    recording = scenario.host.recording
+    if scenario.host.kind != HostKind.RECORDED or recording is None:
+        return 1
+    return int(recording.duration_us) * 1_000_000 + 1  # type: ignore[attr-defined]
 
 
 def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
@@ -107,6 +114,70 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
     m.vm["host_index"][i] = (layout[3] & 0xFFFF_FFFF) % len(m.rec_ps) if scenario.host.kind == HostKind.RECORDED else 0
 
 
+def _shared(scenario: Scenario) -> dict[str, NDArray[Any]]:
+    """Return the arrays that all lanes of a machine share, by name: the workload, and the host's events."""
+    workload = scenario.workload
+    rec_ps, rec_first, rec_end, rec_op = _recording(scenario)
+    return {
+        "op_ps": workload.op_ps,
+        "alias_threshold": workload.alias_threshold,
+        "alias_outcome": workload.alias_outcome,
+        "outcome_function": workload.outcome_function,
+        "outcome_type": workload.outcome_type,
+        "outcome_events": workload.outcome_events,
+        "outcome_latency": workload.outcome_latency_cycles,
+        "outcome_spread": workload.outcome_spread_cycles,
+        "phase": np.stack(
+            [
+                workload.phase_user,
+                workload.phase_kernel,
+                workload.phase_ps,
+                workload.syscall_gap_ps,
+                workload.syscall_ps,
+            ],
+            axis=1,
+        ).astype(np.int64),
+        "roles": np.array([workload.other_user, workload.other_kernel, workload.driver], dtype=np.int64),
+        "rec_ps": rec_ps,
+        "rec_first": rec_first,
+        "rec_end": rec_end,
+        "rec_op": rec_op,
+        "random_op": np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
+        "exponential": exponential_table(),
+    }
+
+
+def shape_of(scenario: Scenario) -> tuple[int, ...]:
+    """Return what decides the size of a lane. Lanes of scenarios with equal shapes fit into the same machine.
+
+    Sizes are never rounded up to a neighbour's: a limit such as the length of the list of pins must not depend on
+    which other lanes are in the batch.
+    """
+    guest, workload = scenario.guest, scenario.workload
+    functions, distributions = len(workload.function_names), len(workload.op_ps)
+    return (
+        guest.vcpus, guest.ram_pages, guest.buffer_pages, scenario.cpu.tlb_entries, functions, distributions
+    )  # fmt: skip
+
+
+def shared_key(scenario: Scenario) -> tuple[Any, ...]:
+    """Return what the lanes of one machine must have in common: their shape, their workload, their host's events.
+
+    Workloads and recordings are compared by identity: whoever wants two scenarios in one batch gives them one object.
+    """
+    host = {name: getattr(scenario.host, name) for name in scenario.host.__dataclass_fields__}
+    del host["time_scale_q16"]  # a parameter of the lane
+    host["recording"] = id(scenario.host.recording) if scenario.host.recording is not None else 0
+    return (*shape_of(scenario), id(scenario.workload), *host.values())
+
+
+def share(m: Machine, scenario: Scenario) -> Machine:
+    """Return a machine with the lanes of *m*, which is not to be used any more, and the workload and host events of
+    *scenario*, which has the shape that *m* was made for.
+    """
+    return m._replace(**_shared(scenario))
+
+
 def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int = 0) -> Machine:
     """Allocate a machine for *lanes* lanes with an event log of *log_rows* rows each. `reset` makes it ready; it can be
     used for one set of replicates after the other.
@@ -115,7 +186,6 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int
     functions, distributions = len(workload.function_names), len(workload.op_ps)
     _, pool_pages = _table_pages(scenario)
     hash_size = 1 << (2 * pool_pages - 1).bit_length()
-    rec_ps, rec_first, rec_end, rec_op, span = _recording(scenario)
 
     def lane_array(*shape: int, dtype: np.dtype[np.void] | type[np.generic] = np.int64) -> NDArray[Any]:
         return np.zeros((lanes, *shape), dtype=dtype)
@@ -142,57 +212,42 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int
         pool_refs=lane_array(pool_pages, dtype=np.int32),
         frames=lane_array(hash_size),
         host_page=lane_array(scenario.guest.ram_pages),
-        op_ps=workload.op_ps,
-        alias_threshold=workload.alias_threshold,
-        alias_outcome=workload.alias_outcome,
-        outcome_function=workload.outcome_function,
-        outcome_type=workload.outcome_type,
-        outcome_events=workload.outcome_events,
-        outcome_latency=workload.outcome_latency_cycles,
-        outcome_spread=workload.outcome_spread_cycles,
-        phase=np.stack(
-            [
-                workload.phase_user,
-                workload.phase_kernel,
-                workload.phase_ps,
-                workload.syscall_gap_ps,
-                workload.syscall_ps,
-            ],
-            axis=1,
-        ).astype(np.int64),
-        roles=np.array([workload.other_user, workload.other_kernel, workload.driver], dtype=np.int64),
-        rec_ps=rec_ps,
-        rec_first=rec_first,
-        rec_end=rec_end,
-        rec_op=rec_op,
-        random_op=np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
-        exponential=exponential_table(),
+        **_shared(scenario),
     )
-    _fill_parameters(m, scenario, behaviour)
-    m.par["recording_span_ps"] = span
+    _fill_parameters(m, slice(0, lanes), scenario, behaviour)
     return m
 
 
-def reset(m: Machine, scenario: Scenario, replicates: Sequence[int] | NDArray[np.int64]) -> None:
-    """Give the first len(replicates) lanes of *m* their initial state; `lane.start_lanes` then lays out their memory.
+def reset(
+    m: Machine,
+    scenario: Scenario,
+    replicates: Sequence[int] | NDArray[np.int64],
+    behaviour: Behaviour | None = None,
+    first: int = 0,
+) -> None:
+    """Give len(replicates) lanes of *m*, from lane *first* on, their initial state; `lane.start_lanes` then lays out
+    their memory. With *behaviour*, they also get the parameters of *scenario*, which has the shape and the shared
+    arrays of *m* but may differ from the scenario of the lanes beside them.
 
     The page tables are not cleared: laying out writes every word of them that is read before.
     """
-    lanes = len(replicates)
+    lanes = slice(first, first + len(replicates))
     for name in Machine._fields[1 : Machine._fields.index("pool")]:
-        getattr(m, name)[:lanes] = 0
-    m.pool_refs[:lanes] = 0
-    m.tlb[:lanes] = -1
-    m.frames[:lanes] = FREE
-    m.vm["pool_free"][:lanes] = -1
-    m.vm["next_frame"][:lanes] = NEW_FRAME0
-    m.vcpu["tlb_page"][:lanes] = -1
-    m.vcpu["irq_ps"][:lanes] = NEVER
-    m.vcpu["reader_ps"][:lanes] = NEVER
-    m.vcpu["claim"][:lanes] = -1
-    m.vcpu["logged_profiling"][:lanes] = -1
-    m.truth["first_fault_ps"][:lanes] = NEVER
-    for i, replicate in enumerate(replicates):
+        getattr(m, name)[lanes] = 0
+    m.pool_refs[lanes] = 0
+    m.tlb[lanes] = -1
+    m.frames[lanes] = FREE
+    m.vm["pool_free"][lanes] = -1
+    m.vm["next_frame"][lanes] = NEW_FRAME0
+    m.vcpu["tlb_page"][lanes] = -1
+    m.vcpu["irq_ps"][lanes] = NEVER
+    m.vcpu["reader_ps"][lanes] = NEVER
+    m.vcpu["claim"][lanes] = -1
+    m.vcpu["logged_profiling"][lanes] = -1
+    m.truth["first_fault_ps"][lanes] = NEVER
+    if behaviour is not None:
+        _fill_parameters(m, lanes, scenario, behaviour)
+    for i, replicate in enumerate(replicates, first):
         _seed_lane(m, i, scenario, int(replicate))
 
 

@@ -89,7 +89,7 @@ def test_a_lane_on_a_recorded_host_is_the_same_in_any_company(chosen: str, monke
     shuffled = random.Random(5).sample(replicates, len(replicates))
     batches = [[replicates], [shuffled], [[r] for r in shuffled[:6]], [shuffled[:7], shuffled[7:14]]]
     for threads, chunk in ((1, 256), (2, 256), (4, 256), (1, 2), (2, 3)):
-        monkeypatch.setattr(driver, "_CHUNK_LANES", chunk)  # small: a machine is used for one chunk after the other
+        monkeypatch.setattr(driver, "CHUNK_LANES", chunk)  # small: a machine is used for one chunk after the other
         for batch in (part for parts in batches for part in parts):
             part = _by_replicate(simulate(there, policy(chosen), name=chosen, replicates=batch, threads=threads))
             assert part == {replicate: whole[replicate] for replicate in batch}
