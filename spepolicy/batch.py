@@ -52,7 +52,7 @@ def _kit(ticket: int) -> Any:
 
 
 def _per_vcpu(values: ArrayLike, size: int, what: str, kind: str) -> NDArray[Any]:
-    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), of an integer or boolean type."""
+    """Check an array that a policy passes to a tool: one element a vCPU (or a scalar), integers or booleans."""
     array = np.asarray(values)
     if array.ndim == 0:
         array = np.full(size, array)

@@ -146,7 +146,7 @@ class PolicySpec:
 
     @hookspec
     def buffer_disabled(self, vcpus: Vcpus) -> None:
-        """A trapped write just cleared PMBLIMITR_EL1.E, after the guest has drained. Once per batch. Needs `Trap.PMB`."""
+        """A trapped write just cleared PMBLIMITR_EL1.E; the guest has drained. Once per batch. Needs `Trap.PMB`."""
 
     @hookspec
     def vm_destroyed(self, vms: Vms) -> None:

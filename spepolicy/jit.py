@@ -154,12 +154,62 @@ else:
 
 
 if COMPILED:
+    from llvmlite import ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic
 
+    _arrays: Any = cgutils  # its functions lack types
+
+    def _prefetch(_typing: Any, array: Any, index: Any, entry: Any) -> Any:
+        """Ask the processor for `array[index, entry]` ahead of its use."""
+
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pool = context.make_array(signature.args[0])(context, builder, values[0])
+            place = _arrays.get_item_pointer(context, builder, signature.args[0], pool, values[1:])
+            byte = builder.bitcast(place, ir.IntType(8).as_pointer())
+            word = ir.IntType(32)
+            hint = builder.module.declare_intrinsic(
+                "llvm.prefetch", [byte.type], ir.FunctionType(ir.VoidType(), [byte.type, word, word, word])
+            )
+            builder.call(hint, [byte, word(0), word(3), word(1)])  # for reading, to keep, data
+            return context.get_dummy_value()
+
+        return types.void(array, types.uint64, types.uint64), emit
+
+    prefetch: Any = intrinsic(_prefetch)
+else:
+
+    def _no_prefetch(_array: Any, _index: int, _entry: int) -> None:
+        """Do nothing: it is a hint."""
+
+    prefetch = _no_prefetch
+
+
+if COMPILED:
+    # An index that numba knows not to be negative needs no test for counting from the end.
     @inline
     def row(array: Any, index: int) -> Any:
         """Return an element of a structured array, its fields as attributes."""
-        return array[index]
+        return array[np.uint64(index)]
+
+    @inline
+    def word(array: Any, index: int) -> Any:
+        """Return an element of an array; *index* is not negative."""
+        return array[np.uint64(index)]
+
+    @inline
+    def cell(array: Any, index: int, entry: int) -> Any:
+        """Return an element of a two-dimensional array; neither index is negative."""
+        return array[np.uint64(index), np.uint64(entry)]
 else:
+
+    def word(array: Any, index: int) -> Any:
+        """Return an element of an array; *index* is not negative."""
+        return array[index]
+
+    def cell(array: Any, index: int, entry: int) -> Any:
+        """Return an element of a two-dimensional array; neither index is negative."""
+        return array[index, entry]
 
     def row(array: Any, index: int) -> Any:
         """Return an element of a structured array, its fields as attributes."""

@@ -63,7 +63,7 @@ def scaled_exponential(table: NDArray[np.int64], bits: int, mean: int) -> int:
 
 @cache
 def exponential_table() -> NDArray[np.int64]:
-    """Return int64[1024]: entry i > 0 is the mean of -ln(u) for u in [i, i+1)/1024, entry 0 is ln(1024), times 2**20."""
+    """Return int64[1024]: entry i > 0 is the mean of -ln(u) for u in [i, i+1)/1024, entry 0 ln(1024); times 2**20."""
     with localcontext() as context:
         context.prec = 30
         n = Decimal(1 << EXPONENTIAL_BITS)

@@ -261,7 +261,7 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
 
 @jit
 def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
-    """Do what operate_on_page does for an operation that only unmaps, over many pages: a NUMA scan takes the whole VM."""
+    """Do what operate_on_page does for an operation that only unmaps, for many pages: a NUMA scan takes the VM."""
     vm = vm_row(m, i)
     par = params(m, i)
     words = host_page(m, i)

@@ -95,7 +95,7 @@ def take_interrupt(m: Machine, i: int, k: int) -> int:
 
 @jit
 def ordinary_exit(m: Machine, i: int, k: int, preempted: bool) -> int:
-    """An exit that SPE is not the reason of, or a preemption; with SPE in the guest each drains and switches its state."""
+    """An exit of other causes than SPE, or a preemption; with SPE in the guest each drains and switches its state."""
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)

@@ -143,7 +143,7 @@ def _skip(m: Machine, i: int, k: int, size: int) -> None:
 
 @jit
 def _next_offset(m: Machine, i: int, k: int) -> int:
-    """Return the end of the next writable stretch as a buffer offset, or 0 if there is none (spe.md 3.2, steps 1 to 4)."""
+    """Return the end of the next writable stretch as a buffer offset, or 0 for none (spe.md 3.2, steps 1 to 4)."""
     par = params(m, i)
     v = vcpu_row(m, i, k)
     size = par.buffer_pages << 12

@@ -78,7 +78,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Guest:
-    """The virtual machine's guest: its memory, and how its perf uses SPE (model of Linux drivers/perf/arm_spe_pmu.c)."""
+    """The VM's guest: its memory, and how its perf uses SPE (model of Linux drivers/perf/arm_spe_pmu.c)."""
 
     vcpus: int = 1
     ram_pages: int = 65536  # guest RAM, power of two, at IPA ram_base

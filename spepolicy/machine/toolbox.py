@@ -68,7 +68,7 @@ def _charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
 
 @jit
 def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
-    """Change the number of pinned pages and carry the integral over time on (in page x 1000 ps, to stay below 2**63)."""
+    """Change the number of pinned pages; carry its integral over time on (in page x 1000 ps, to stay below 2**63)."""
     elapsed = max(now_ps - vm.pinned_since_ps, 0)
     vm.pinned_page_ps += vm.pinned_pages * (elapsed // 1000)
     vm.pinned_since_ps = max(now_ps, vm.pinned_since_ps)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spepolicy.arch.registers import FSC_EXTERNAL_ABORT_WALK
 from spepolicy.errors import ConfigurationError, nearest
-from spepolicy.jit import entry, lean, row
+from spepolicy.jit import entry, inline, lean, row, word
 from spepolicy.mmu.attributes import (
     MAIR_RESERVED,
     SHAREABILITY_RESERVED,
@@ -26,6 +26,8 @@ from spepolicy.mmu.regime import LOWER, SECOND, STAGE, UPPER, set_stage1, set_st
 from spepolicy.mmu.walker import (
     DONE,
     FSC_MASK,
+    IN_STAGE1,
+    IN_STAGE2,
     INTERMEDIATE,
     NOT_MODELLED,
     PAN,
@@ -34,7 +36,8 @@ from spepolicy.mmu.walker import (
     USER,
     WALK,
     WRITE,
-    advance,
+    advance1,
+    advance2,
     begin,
 )
 
@@ -68,7 +71,7 @@ _UNMODELLED = {
     _GRANULE1: "granule1",
     _GRANULE2: "granule2",
 }
-ABREAST = 8
+ABREAST = 32
 _THREADED_QUERIES = 1 << 13  # below this, starting threads costs more than it saves
 
 
@@ -99,6 +102,19 @@ def _decode(registers: Ints, regimes: Any, pan: Ints) -> None:
         pan[n] = registers[n, 8]
 
 
+@inline
+def _through_stage2(frames: Ints, pool: Ints, zero: Ints, regimes: Any, walks: Any, which: Ints, count: int) -> None:
+    """Take the first *count* walks, of the regimes *which*, on while they are in stage 2."""
+    left = count
+    while left != 0:
+        left = 0
+        for j in range(count):
+            w = row(walks, j)
+            if w.turn == IN_STAGE2:
+                advance2(frames, pool, zero, row(regimes, word(which, j) + SECOND), w)
+                left += 1
+
+
 @lean
 def _walk_all(
     frames: Ints,
@@ -107,6 +123,7 @@ def _walk_all(
     regimes: Any,
     pan: Ints,
     walks: Any,
+    which: Ints,
     abreast: int,
     access: Ints,
     va: Ints,
@@ -125,25 +142,28 @@ def _walk_all(
         count = min(abreast, va.shape[0] - first)
         for j in range(count):
             n = first + j
-            which = space[n * step]
+            base = 3 * space[n * step]
+            which[j] = base
             wanted = access[n * access_step]
-            if pan[which] == 0:
+            if pan[space[n * step]] == 0:
                 wanted &= ~PAN
-            begin(row(regimes, 3 * which + ((va[n] >> 55) & 1)), row(walks, j), va[n], wanted)
+            s = row(regimes, base + ((va[n] >> 55) & 1))
+            begin(frames, pool, s, row(regimes, base + SECOND), row(walks, j), va[n], wanted)
         under_way = True
         while under_way:
+            _through_stage2(frames, pool, zero, regimes, walks, which, count)
             under_way = False
             for j in range(count):
                 w = row(walks, j)
-                if w.level != DONE:
-                    base = 3 * space[(first + j) * step]
+                if w.turn == IN_STAGE1:
+                    base = which[j]
                     s = row(regimes, base + ((w.va >> 55) & 1))
-                    advance(frames, pool, zero, s, row(regimes, base + SECOND), w)
-                    under_way = True
+                    advance1(frames, pool, zero, s, row(regimes, base + SECOND), w)
+                    under_way = under_way or w.turn != DONE
         for j in range(count):
             w = row(walks, j)
             reads += w.reads
-            base = 3 * space[(first + j) * step]
+            base = which[j]
             s = row(regimes, base + ((w.va >> 55) & 1))
             par[first + j], syndrome[first + j] = _answer(s, row(regimes, base + SECOND), w)
     return reads
@@ -165,10 +185,11 @@ def _translate_all(
 ) -> int:
     """Do `_walk_all`: in the order of the queries, or several at a time."""
     walks = np.zeros(ABREAST, dtype=STATE)
+    which = np.zeros(ABREAST, dtype=np.int64)
     # A walk is a chain of dependent loads. Several, taken in turns, let the processor overlap them; where a walk may
     # change what the next one reads, they go one by one.
     abreast = ABREAST if in_order == 0 else 1
-    return _walk_all(frames, pool, zero, regimes, pan, walks, abreast, access, va, space, par, syndrome)
+    return _walk_all(frames, pool, zero, regimes, pan, walks, which, abreast, access, va, space, par, syndrome)
 
 
 @overload

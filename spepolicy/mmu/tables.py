@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.errors import ConfigurationError
 from spepolicy.jit import lean
 from spepolicy.mmu.memory import attach, find
 from spepolicy.mmu.regime import PA_BITS
@@ -40,7 +41,9 @@ def kvm_vtcr(ipa_bits: int) -> int:
     sixteen concatenated root tables allow.
     """
     if not 32 <= ipa_bits <= PA_BITS:
-        raise ValueError(f"ipa_bits is {ipa_bits}, but KVM's are 32 to {PA_BITS}")
+        raise ConfigurationError(
+            f"ipa_bits is {ipa_bits}. Rule: KVM's guests have 32 to {PA_BITS}. Remedy: give one of these."
+        )
     levels = max(2, (ipa_bits - 8) // 9)
     return 0x802D_3500 | ((levels - 2) << 6) | (64 - ipa_bits)
 

@@ -24,7 +24,7 @@ from spepolicy.arch.registers import (
     FSC_PERMISSION,
     FSC_TRANSLATION,
 )
-from spepolicy.jit import inline, lean, row
+from spepolicy.jit import cell, inline, lean, prefetch, row
 from spepolicy.mmu.memory import find, reads_as_zero
 from spepolicy.mmu.regime import PA_BITS, SECOND
 
@@ -68,13 +68,11 @@ LEAF = 0x200
 @inline
 def _kind(s: Any, descriptor: int, level: int) -> int:
     """Return what a descriptor of stage *s* is: LEAF, NEXT_TABLE, or the FSC of a fault."""
-    if descriptor & (VALID | TABLE) == VALID | TABLE:
-        kind = LEAF if level == 3 else NEXT_TABLE
-    elif descriptor & VALID != 0 and (s.blocks >> level) & 1 != 0:
-        kind = LEAF
-    else:
+    if descriptor & s.oversize == 0 and descriptor & (VALID | TABLE) == VALID | TABLE:
+        return LEAF if level == 3 else NEXT_TABLE
+    if descriptor & (VALID | TABLE) != VALID | TABLE and (descriptor & VALID == 0 or (s.blocks >> level) & 1 == 0):
         return FSC_TRANSLATION | level
-    return FSC_ADDRESS_SIZE | level if descriptor & s.oversize != 0 else kind
+    return FSC_ADDRESS_SIZE | level if descriptor & s.oversize != 0 else LEAF
 
 
 @lean
@@ -101,54 +99,6 @@ def _stage2_fault(s: Any, leaf: int, write: int, walk: int) -> int:
     if walk != 0 and s.no_device_walk != 0 and _is_device(s, leaf):
         return FSC_PERMISSION
     return 0
-
-
-@inline
-def stage2(
-    frames: Ints, pool: Ints, zero: Ints, s: Any, ipa: int, access: int, walk: int
-) -> tuple[int, int, int, int, int, int]:
-    """Translate *ipa* by the stage 2 row *s*, for data or with *walk* for a stage 1 descriptor.
-
-    Return (status, PA, leaf descriptor, its level, its place in the pool, descriptors read).
-    """
-    if s.closed != 0 or ipa >> s.input_bits != 0:
-        # Beyond the stage 2 input size: a level 0 translation fault, not an address size fault (spe.md 6.3).
-        return STAGE2 | FSC_TRANSLATION, 0, 0, 0, 0, 0
-    if s.reserved != 0:
-        return NOT_MODELLED | STAGE2, 0, 0, 0, 0, 0
-    if s.base >> s.output_bits != 0:
-        return STAGE2 | FSC_ADDRESS_SIZE, 0, 0, 0, 0, 0
-    level = s.start
-    shift = s.start_shift
-    address = s.base + (ipa >> shift) * 8  # concatenated root tables are one larger table
-    while True:
-        slot = find(frames, address >> 12)
-        if slot < 0:
-            reads = level - s.start + 1
-            if reads_as_zero(zero, address):
-                return STAGE2 | FSC_TRANSLATION | level, 0, 0, 0, 0, reads
-            return STAGE2 | FSC_EXTERNAL_ABORT_WALK | level, 0, 0, 0, 0, reads
-        entry = (address & PAGE_MASK) >> 3
-        descriptor = pool[slot, entry]
-        kind = _kind(s, descriptor, level)
-        if kind != NEXT_TABLE:
-            break
-        level += 1
-        shift -= s.stride
-        address = (descriptor & s.output_mask) + ((ipa >> shift) & s.index_mask) * 8
-    reads = level - s.start + 1
-    if kind != LEAF:
-        return STAGE2 | kind, 0, 0, 0, 0, reads
-    fault = _stage2_fault(s, descriptor, access & WRITE, walk)
-    if fault != 0:
-        return STAGE2 | fault | level, 0, 0, 0, 0, reads
-    new = descriptor | AF
-    if access & (WRITE | MARK_DIRTY) == WRITE | MARK_DIRTY:
-        new |= S2_WRITE
-    if new != descriptor:
-        pool[slot, entry] = new
-    offset = (1 << shift) - 1
-    return 0, (descriptor & s.output_mask & ~offset) | (ipa & offset), new, level, slot * 512 + entry, reads
 
 
 @lean
@@ -194,21 +144,29 @@ def swap_bytes(word: int) -> int:
     return (low << 32) | ((low >> 32) & 0xFFFF_FFFF)
 
 
-# A walk under way. `level` is 0 to 3: a stage 1 descriptor of that level is next; DATA; or DONE.
+# What comes next in a walk: nothing, or a descriptor of stage 1 or of stage 2.
+DONE, IN_STAGE1, IN_STAGE2 = range(3)
+# `level` when stage 1 is over
 DATA = 4
-DONE = 5
 
 _STATE = """
 va          input address
 access      what it is for: WRITE, USER, ...
-level       see DATA, DONE
+turn        DONE, IN_STAGE1 or IN_STAGE2
+level       of stage 1: 0 to 3, or DATA
 status      0, or why the walk ended
-address     next to go through stage 2: of a descriptor, or of the data. At the end the IPA, of the fault if it is one
+address     on its way through stage 2: of a descriptor, or of the data. At the end the IPA, of the fault if it is one
             of stage 2
 shift       lowest bit of va that indexes a table of `level`
+level2      of stage 2
+shift2      lowest bit of `address` that indexes a stage 2 table of `level2`
+next        physical address of the next descriptor
+slot        its page in the pool, -1 if it has no content
 inherited   table descriptors so far, ORed
 leaf        stage 1 leaf, 0 where stage 1 is off
-leaf2       stage 2 leaf of the data, 0 where stage 2 is off
+leaf2       last stage 2 leaf: at the end that of the data, 0 where stage 2 is off
+place2      where leaf2 is in the pool
+leaf2_level its level
 pa          output address
 reads       descriptors read
 """
@@ -216,13 +174,22 @@ STATE = np.dtype([(line.split()[0], np.int64) for line in _STATE.strip().splitli
 
 
 @inline
-def begin(s: Any, w: Any, va: int, access: int) -> None:
-    """Start the walk *w* (a row of STATE) for *va*, which is in the half of stage 1 that *s* describes."""
+def begin(frames: Ints, pool: Ints, s: Any, second: Any, w: Any, va: int, access: int) -> None:
+    """Start the walk *w* (a row of STATE) for *va*, which is in the half of stage 1 that *s* describes. *second* is the
+    row of stage 2.
+    """
+    _begin(s, second, w, va, access)
+    _aim(frames, pool, w)
+
+
+@inline
+def _begin(s: Any, second: Any, w: Any, va: int, access: int) -> None:
     upper = (va >> 55) & 1
     w.va = va
     w.access = access
     w.status = 0
-    w.level = DONE
+    w.turn = DONE
+    w.level = DATA
     w.address = 0
     w.inherited = 0
     w.leaf = 0
@@ -236,9 +203,7 @@ def begin(s: Any, w: Any, va: int, access: int) -> None:
         if va >> PA_BITS != 0:
             w.status = STAGE1 | FSC_ADDRESS_SIZE
             return
-        w.address = va
-        w.pa = va
-        w.level = DATA
+        _go_to(second, w, va)
         return
     if s.closed != 0 or va >> s.input_bits != -upper or (access & USER != 0 and s.no_user != 0):
         w.status = STAGE1 | FSC_TRANSLATION
@@ -248,46 +213,127 @@ def begin(s: Any, w: Any, va: int, access: int) -> None:
         w.status = STAGE1 | FSC_ADDRESS_SIZE
     else:
         index = (va & ((1 << s.input_bits) - 1)) >> s.start_shift
-        w.address = s.base + index * 8
         w.level = s.start
         w.shift = s.start_shift
+        _go_to(second, w, s.base + index * 8)
 
 
 @inline
-def advance(frames: Ints, pool: Ints, zero: Ints, s: Any, second: Any, w: Any) -> None:
-    """Take the walk *w*, which is not DONE, one stage 1 descriptor further, or through stage 2 for the data. *s* and
-    *second* are the rows of STAGE for its half of stage 1 and for stage 2.
+def _go_to(second: Any, w: Any, address: int) -> None:
+    """Take *address*, which stage 1 led to, to stage 2."""
+    w.address = address
+    if second.on == 0 or (w.level == DATA and w.access & INTERMEDIATE != 0):
+        w.pa = address
+        w.next = address
+        w.turn = DONE if w.level == DATA else IN_STAGE1
+        return
+    if second.closed != 0 or address >> second.input_bits != 0:
+        # Beyond the stage 2 input size: a level 0 translation fault, not an address size fault (spe.md 6.3).
+        _end_in_stage2(w, FSC_TRANSLATION)
+    elif second.reserved != 0:
+        _end_in_stage2(w, NOT_MODELLED)
+    elif second.base >> second.output_bits != 0:
+        _end_in_stage2(w, FSC_ADDRESS_SIZE)
+    else:
+        w.turn = IN_STAGE2
+        w.level2 = second.start
+        w.shift2 = second.start_shift
+        # Concatenated root tables are one larger table.
+        w.next = second.base + (address >> second.start_shift) * 8
+
+
+@inline
+def _aim(frames: Ints, pool: Ints, w: Any) -> None:
+    """Find the next descriptor. Its line of the cache comes while other walks go on."""
+    if w.turn == DONE:
+        return
+    slot = find(frames, w.next >> 12)
+    w.slot = slot
+    if slot >= 0:
+        prefetch(pool, slot, (w.next & PAGE_MASK) >> 3)
+
+
+@inline
+def _end_in_stage1(w: Any, code: int) -> None:
+    w.status = STAGE1 | code
+    w.address = 0
+    w.turn = DONE
+
+
+@inline
+def _end_in_stage2(w: Any, code: int) -> None:
+    w.status = STAGE2 | code | (WALK if w.level != DATA else 0)
+    w.turn = DONE
+
+
+@inline
+def advance1(frames: Ints, pool: Ints, zero: Ints, s: Any, second: Any, w: Any) -> None:
+    """Take the walk *w*, which is IN_STAGE1, one descriptor further. *s* and *second* are the rows of STAGE for its
+    half of stage 1 and for stage 2.
     """
-    level = w.level
-    address = w.address
-    if level == DATA and w.access & INTERMEDIATE != 0:
-        w.level = DONE
-        return
-    pa, leaf2, level2, place = address, 0, 0, 0
-    if second.on != 0:
-        access = w.access if level == DATA else 0
-        walk = WALK if level != DATA else 0
-        status, pa, leaf2, level2, place, more = stage2(frames, pool, zero, second, address, access, walk)
-        w.reads += more
-        if status != 0:
-            w.status = status | walk
-            w.level = DONE
-            return
-    if level == DATA:
-        w.pa = pa
-        w.leaf2 = leaf2
-        w.level = DONE
-        return
-    slot = find(frames, pa >> 12)
     w.reads += 1
-    if slot < 0:
-        code = FSC_TRANSLATION if reads_as_zero(zero, pa) else FSC_EXTERNAL_ABORT_WALK
-        _end_in_stage1(w, code | level)
+    if w.slot < 0:
+        _end_in_stage1(w, (FSC_TRANSLATION if reads_as_zero(zero, w.next) else FSC_EXTERNAL_ABORT_WALK) | w.level)
         return
-    entry = (pa & PAGE_MASK) >> 3
-    descriptor = pool[slot, entry]
+    _read_stage1(pool, s, second, w, w.slot, (w.next & PAGE_MASK) >> 3)
+    _aim(frames, pool, w)
+
+
+@inline
+def advance2(frames: Ints, pool: Ints, zero: Ints, second: Any, w: Any) -> None:
+    """Take the walk *w*, which is IN_STAGE2, one descriptor further. *second* is the row of STAGE for stage 2."""
+    w.reads += 1
+    if w.slot < 0:
+        _end_in_stage2(w, (FSC_TRANSLATION if reads_as_zero(zero, w.next) else FSC_EXTERNAL_ABORT_WALK) | w.level2)
+        return
+    _read_stage2(pool, second, w, w.slot, (w.next & PAGE_MASK) >> 3)
+    _aim(frames, pool, w)
+
+
+@inline
+def _read_stage2(pool: Ints, second: Any, w: Any, slot: int, entry: int) -> None:
+    descriptor = cell(pool, slot, entry)
+    level = w.level2
+    address = w.address
+    kind = _kind(second, descriptor, level)
+    if kind == NEXT_TABLE:
+        w.level2 = level + 1
+        shift = w.shift2 - second.stride
+        w.shift2 = shift
+        w.next = (descriptor & second.output_mask) + ((address >> shift) & second.index_mask) * 8
+        return
+    if kind != LEAF:
+        _end_in_stage2(w, kind)
+        return
+    is_data = w.level == DATA
+    access = w.access if is_data else 0
+    fault = _stage2_fault(second, descriptor, access & WRITE, 0 if is_data else 1)
+    if fault != 0:
+        _end_in_stage2(w, fault | level)
+        return
+    new = descriptor | AF
+    if access & (WRITE | MARK_DIRTY) == WRITE | MARK_DIRTY:
+        new |= S2_WRITE
+    if new != descriptor:
+        pool[slot, entry] = new
+    offset = (1 << w.shift2) - 1
+    w.pa = (descriptor & second.output_mask & ~offset) | (address & offset)
+    w.leaf2 = new
+    if is_data:
+        w.turn = DONE
+        return
+    w.place2 = slot * 512 + entry
+    w.leaf2_level = level
+    w.turn = IN_STAGE1
+    w.next = w.pa
+
+
+@inline
+def _read_stage1(pool: Ints, s: Any, second: Any, w: Any, slot: int, entry: int) -> None:
+    descriptor = cell(pool, slot, entry)
     if s.big_endian != 0:
         descriptor = swap_bytes(descriptor)
+    level = w.level
     kind = _kind(s, descriptor, level)
     if kind == NEXT_TABLE:
         if s.inherit != 0:
@@ -295,7 +341,7 @@ def advance(frames: Ints, pool: Ints, zero: Ints, s: Any, second: Any, w: Any) -
         w.level = level + 1
         shift = w.shift - s.stride
         w.shift = shift
-        w.address = (descriptor & s.output_mask) + ((w.va >> shift) & s.index_mask) * 8
+        _go_to(second, w, (descriptor & s.output_mask) + ((w.va >> shift) & s.index_mask) * 8)
         return
     if kind != LEAF:
         _end_in_stage1(w, kind)
@@ -308,24 +354,16 @@ def advance(frames: Ints, pool: Ints, zero: Ints, s: Any, second: Any, w: Any) -
     if new != descriptor:
         if second.on != 0:
             # The update is a write to the table, which stage 2 must allow, and which makes that page dirty.
-            if not _stage2_writable(second, leaf2):
-                w.status = STAGE2 | WALK | FSC_PERMISSION | level2
-                w.level = DONE
+            if not _stage2_writable(second, w.leaf2):
+                _end_in_stage2(w, FSC_PERMISSION | w.leaf2_level)
                 return
-            pool[place >> 9, place & 511] = leaf2 | S2_WRITE
+            pool[w.place2 >> 9, w.place2 & 511] = w.leaf2 | S2_WRITE
         pool[slot, entry] = swap_bytes(new) if s.big_endian != 0 else new
     offset = (1 << w.shift) - 1
     w.leaf = new
-    w.address = (descriptor & s.output_mask & ~offset) | (w.va & offset)
-    w.pa = w.address
+    w.leaf2 = 0
     w.level = DATA
-
-
-@inline
-def _end_in_stage1(w: Any, code: int) -> None:
-    w.status = STAGE1 | code
-    w.address = 0
-    w.level = DONE
+    _go_to(second, w, (descriptor & s.output_mask & ~offset) | (w.va & offset))
 
 
 @lean
@@ -335,6 +373,9 @@ def translate(frames: Ints, pool: Ints, zero: Ints, stages: Any, w: Any, va: int
     """
     s = row(stages, (va >> 55) & 1)
     second = row(stages, SECOND)
-    begin(s, w, va, access)
-    while w.level != DONE:
-        advance(frames, pool, zero, s, second, w)
+    begin(frames, pool, s, second, w, va, access)
+    while w.turn != DONE:
+        while w.turn == IN_STAGE2:
+            advance2(frames, pool, zero, second, w)
+        if w.turn == IN_STAGE1:
+            advance1(frames, pool, zero, s, second, w)

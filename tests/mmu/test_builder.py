@@ -291,7 +291,7 @@ def test_a_table_that_stage_2_lost_is_a_stage_2_fault_on_the_walk() -> None:
 def test_registers_that_translate_nothing_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="TxSZ, SL0"):
         Tables.stage2(Memory(), (1 << 31) | 16, Region(HOST, HOST * 2).take)
-    with pytest.raises(ValueError, match="32 to 48"):
+    with pytest.raises(ConfigurationError, match="32 to 48"):
         kvm_vtcr(31)
 
 

@@ -39,10 +39,16 @@ class Stage2:
     @property
     def row(self) -> Any:
         """What the walker sees of VTCR_EL2 and VTTBR_EL2."""
+        return module("jit").row(self.regime, module("mmu.regime").SECOND)
+
+    @property
+    def regime(self) -> Any:
+        """Stage 2 of these tables; stage 1 is off."""
         regime = module("mmu.regime")
-        stage = module("jit").row(np.zeros(1, dtype=regime.STAGE), 0)
-        regime.set_stage2(stage, self.vm.vttbr, self.vm.vtcr, regime.HCR_VM, 1)
-        return stage
+        stages = np.zeros(3, dtype=regime.STAGE)
+        second = module("jit").row(stages, regime.SECOND)
+        regime.set_stage2(second, self.vm.vttbr, self.vm.vtcr, regime.HCR_VM, 1)
+        return stages
 
     def map(self, ipa: int, frame: int, writable: int = 1) -> int:
         return int(self.tables.map_stage2(self.vm, self.frames, self.pool, self.refs, self.row, ipa, frame, writable))
@@ -54,9 +60,10 @@ class Stage2:
         """Return (FSC or 0, PA)."""
         access = self.walker.WRITE if write else 0
         nothing = np.zeros(0, dtype=np.int64)
-        status, pa, *_ = self.walker.stage2(self.frames, self.pool, nothing, self.row, ipa, access, 0)
-        assert status == 0 or status & ~0x3F == self.walker.STAGE2
-        return int(status) & 0x3F, int(pa)
+        w = module("jit").row(np.zeros(1, dtype=self.walker.STATE), 0)
+        self.walker.translate(self.frames, self.pool, nothing, self.regime, w, ipa, access)
+        assert w.status == 0 or w.status & ~0x3F == self.walker.STAGE2
+        return int(w.status) & 0x3F, int(w.pa) if w.status == 0 else 0
 
     def tables_in_use(self) -> int:
         free, slot = 0, int(self.vm.pool_free)
@@ -110,14 +117,14 @@ def test_what_is_mapped_is_found_and_what_is_unmapped_is_not(
     assert stage2.tables_in_use() == needed
 
 
-@pytest.mark.parametrize("bits", VTCR)
+@pytest.mark.parametrize("bits", [bits for bits in VTCR if bits < 48])
 def test_an_address_beyond_the_input_size_is_a_level_0_translation_fault(bits: int) -> None:
-    """Not an address size fault (spe.md 6.3)."""
+    """Not an address size fault (spe.md 6.3). Stage 1 stops what is beyond 48 bits."""
     stage2 = Stage2(bits)
     last = (1 << bits) - PAGE
     stage2.map(last, 7)
     assert stage2.walk(last) == (0, 7 << 12)
-    for ipa in (1 << bits, 1 << 47 if bits < 47 else 1 << 50):
+    for ipa in (1 << bits, 1 << 47):
         assert stage2.walk(ipa)[0] == TRANSLATION
 
 
