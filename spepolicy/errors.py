@@ -14,6 +14,7 @@ __all__ = [
     "ConfigurationError",
     "HookError",
     "OutputError",
+    "PacketError",
     "PluginError",
     "RecordingError",
     "SpePolicyError",
@@ -52,6 +53,10 @@ class HookError(PluginError):
 
 class RecordingError(SpePolicyError, ValueError):
     """A host recording cannot be read, or is not what it claims to be."""
+
+
+class PacketError(SpePolicyError, ValueError):
+    """An SPE record cannot be written as packets."""
 
 
 class OutputError(SpePolicyError, OSError):

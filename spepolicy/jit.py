@@ -30,8 +30,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _PACKAGE = Path(__file__).resolve().parent
 _MACHINE = ("jit.py", "arch", "mmu", "machine")
-# What calls the machine has a folder of its own, so that a change of it does not compile the machine again.
-_COMPILED_PARTS = {"machine": _MACHINE, "explore": (*_MACHINE, "explore")}
+# What calls the machine has a folder of its own, so that a change of it does not compile the machine again; and so has
+# what has nothing to do with it.
+_COMPILED_PARTS = {"machine": _MACHINE, "explore": (*_MACHINE, "explore"), "spe": ("jit.py", "spe")}
 
 
 def _source_hash(name: str) -> str:
@@ -47,8 +48,8 @@ def _source_hash(name: str) -> str:
 
 @cache
 def cache_dir(part: str = "machine") -> Path:
-    """Return the folder that holds the compiled *part* ("machine", "explore") of exactly this source; it exists and can
-    be written.
+    """Return the folder that holds the compiled *part* ("machine", "explore", "spe") of exactly this source; it exists
+    and can be written.
 
     NUMBA_CACHE_DIR names its parent; else it is below XDG_CACHE_HOME or ~/.cache, or, where that cannot be written,
     below the folder for temporary files.
@@ -76,7 +77,8 @@ if COMPILED:
 
     def _choose_folder(function: Any) -> None:
         """Make numba file *function* with its part; it looks when a function is decorated."""
-        part = "explore" if function.__module__.startswith("spepolicy.explore") else "machine"
+        owner = function.__module__.removeprefix("spepolicy.").partition(".")[0]
+        part = owner if owner in _COMPILED_PARTS else "machine"
         numba.config.CACHE_DIR = str(cache_dir(part))
 
     def jit(function: F) -> F:

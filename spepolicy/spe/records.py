@@ -118,7 +118,7 @@ RECORD = np.dtype(
 EXTRA = np.dtype(
     [
         ("value", "u8"),  # payload, little-endian, zero-extended
-        ("record", "u4"),  # index of its record
+        ("record_index", "u4"),
         # First byte of the header; of an extended one also the second, in bits 15:8. It implies the payload's size.
         ("header", "u2"),
         ("zero", "u2"),
