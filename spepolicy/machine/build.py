@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.arch.ownership import kvm_controls, traps
 from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.host import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
@@ -47,6 +48,7 @@ def _table_pages(scenario: Scenario) -> tuple[int, int]:
 def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Behaviour) -> None:
     guest, cpu, kvm, costs, host = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs, scenario.host
     stage1_pages, _ = _table_pages(scenario)
+    mdcr_el2 = kvm_controls(behaviour.trap_pmb, behaviour.trap_pms)
     values: dict[str, int] = {
         "virtualized": behaviour.virtualized,
         "ram_page0": guest.ram_base // PAGE_BYTES,
@@ -56,8 +58,8 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         "reader_ps_per_kib": 1024 * 1_000_000 // guest.reader_bytes_per_us,
         "memlock_pages": (1 << 40) if kvm.memlock_unlimited else kvm.memlock_pages,
         "next_exit_only": int(kvm.irq_delivery),
-        "trap_pmb": behaviour.virtualized and behaviour.trap_pmb,
-        "trap_pms": behaviour.virtualized and behaviour.trap_pms,
+        "trap_pmb": behaviour.virtualized and traps("PMBLIMITR_EL1", mdcr_el2),
+        "trap_pms": behaviour.virtualized and traps("PMSCR_EL1", mdcr_el2),
         "hooks": behaviour.hooks if behaviour.virtualized else 0,
         "notifier_filter": behaviour.notifier_filter,
         # On bare metal the host is the guest: nothing happens behind its back.
