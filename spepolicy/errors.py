@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "CaptureError",
     "ConfigurationError",
     "HookError",
     "OutputError",
@@ -57,6 +58,10 @@ class RecordingError(SpePolicyError, ValueError):
 
 class PacketError(SpePolicyError, ValueError):
     """An SPE record cannot be written as packets."""
+
+
+class CaptureError(SpePolicyError, ValueError):
+    """A perf.data file cannot be read at all, or holds no SPE data."""
 
 
 class OutputError(SpePolicyError, OSError):
