@@ -57,7 +57,10 @@ def _per_vcpu(values: ArrayLike, size: int, what: str, kind: str) -> NDArray[Any
     if array.ndim == 0:
         array = np.full(size, array)
     if array.shape != (size,):
-        raise HookError(f"{what} has shape {array.shape}. Rule: one element a vCPU, shape ({size},).")
+        raise HookError(
+            f"{what} has shape {array.shape}. Rule: one element a vCPU, shape ({size},). "
+            "Remedy: use arrays of this batch, such as vcpus.buffer_lo."
+        )
     wanted = "iu" if kind == "integer" else "b"
     if array.dtype.kind not in wanted:
         raise HookError(f"{what} has dtype {array.dtype}. Rule: {kind} per vCPU. Remedy: convert it before the call.")

@@ -9,104 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.alias import TABLE_DRAWS, alias_table
 from spepolicy.drivers.simulate import Result
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import (
-    Cpu,
-    Guest,
-    Host,
-    HostKind,
-    IrqDelivery,
-    Kvm,
-    Scenario,
-    SessionMode,
-    Workload,
-)
-
-US = 1_000_000  # ps
-MS = 1000 * US
+from spepolicy.machine.scenario import Cpu, Host, IrqDelivery, Scenario, SessionMode
+from spepolicy.testing.scenes import DISTURBING as DISTURBING
+from spepolicy.testing.scenes import MS as MS
+from spepolicy.testing.scenes import QUIET as QUIET
+from spepolicy.testing.scenes import US as US
+from spepolicy.testing.scenes import WORKLOAD as WORKLOAD
+from spepolicy.testing.scenes import busy_host, guest, kvm, scenario
+from spepolicy.testing.scenes import tiny_workload as tiny_workload
 
 POLICIES = ("bare_metal", "pin_vm", "map_on_fault", "eager_pin", "pin_on_fault", "synthetic_fault")
 ARRAYS = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen", "windows")
-DISTURBING = tuple(op for op in HostOp if op > HostOp.CPU_TOUCH)
-
-# (function, type, events, shortest latency, spread in cycles); the last one lasts longer than a short interval.
-_OUTCOMES = (
-    (0, 1, 0b10, 1, 0), (0, 2, 0b110, 4, 0), (1, 2, 0b1110, 40, 200), (1, 4, 0b110, 2, 5),
-    (2, 0, 0b10, 1, 0), (2, 1, 0b1000_0010, 12, 0), (3, 6, 0b110, 30, 50), (3, 0, 0b10, 3000, 4000),
-)  # fmt: skip
-_SHARES = (
-    (0.3, 0.3, 0.1, 0.1, 0.1, 0.1, 0, 0), (0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.05, 0.05),
-    (0.2, 0.2, 0.1, 0.1, 0.2, 0.1, 0.1, 0), (0.5, 0.5, 0, 0, 0, 0, 0, 0),
-    (0, 0, 0.5, 0.5, 0, 0, 0, 0), (0, 0, 0, 0, 0.5, 0.2, 0.3, 0),
-)  # fmt: skip
-
-
-def tiny_workload() -> Workload:
-    """Two phases, system calls, another task, and the driver, over four functions."""
-    tables = []
-    weight = np.zeros((len(_SHARES), 4))
-    for d, shares in enumerate(_SHARES):
-        counts = [int(share * TABLE_DRAWS) for share in shares]
-        counts[shares.index(max(shares))] += TABLE_DRAWS - sum(counts)
-        tables.append(alias_table(counts))
-        for outcome, count in zip(_OUTCOMES, counts, strict=True):
-            weight[d, outcome[0]] += count / TABLE_DRAWS
-    columns = np.array(_OUTCOMES, dtype=np.int64).T.copy()
-    return Workload(
-        function_names=("a", "b", "c", "d"),
-        distribution_names=("user0", "user1", "kernel", "other user", "other kernel", "driver"),
-        op_ps=np.array([300, 900, 400, 350, 500, 700]),
-        alias_threshold=np.stack([table[0] for table in tables]),
-        alias_outcome=np.stack([table[1] for table in tables]),
-        weight=weight,
-        outcome_function=columns[0],
-        outcome_type=columns[1],
-        outcome_events=columns[2],
-        outcome_latency_cycles=columns[3],
-        outcome_spread_cycles=columns[4],
-        phase_user=np.array([0, 1]),
-        phase_kernel=np.array([2, 2]),
-        phase_ps=np.array([500 * US, 300 * US]),
-        syscall_gap_ps=np.array([30 * US, 10 * US]),
-        syscall_ps=np.array([5 * US, 3 * US]),
-        other_user=3,
-        other_kernel=4,
-        driver=5,
-    )
-
-
-WORKLOAD = tiny_workload()
-
-
-def guest(**changes: Any) -> Guest:
-    values: dict[str, Any] = {
-        "ram_pages": 1024, "buffer_pages": 4, "period_ops": 512, "task_on_ps": 300 * US, "task_off_ps": 60 * US,
-        "reader_latency_ps": 100 * US,
-    }  # fmt: skip
-    return Guest(**(values | changes))
-
-
-def kvm(**changes: Any) -> Kvm:
-    values: dict[str, Any] = {
-        "exit_interval_ps": 40 * US, "preempt_interval_ps": 300 * US, "preempt_ps": 50 * US, "memlock_pages": 64,
-    }  # fmt: skip
-    return Kvm(**(values | changes))
-
-
-QUIET = Kvm(exit_interval_ps=0, preempt_interval_ps=0, memlock_unlimited=True)
-
-
-def busy_host(*ops: HostOp, interval_ps: int = 20 * US, pages: int = 64) -> Host:
-    """One event every *interval_ps* on average, of the operations given (all by default)."""
-    chosen = ops or DISTURBING
-    return Host(kind=HostKind.RANDOM, random_ops=tuple((int(op), interval_ps * len(chosen), pages) for op in chosen))
-
-
-def scenario(**changes: Any) -> Scenario:
-    values: dict[str, Any] = {"workload": WORKLOAD, "duration_ps": 3 * MS, "guest": guest(), "kvm": kvm()}
-    return Scenario(**(values | changes))
 
 
 def policy(name: str, **fields: Any) -> Any:
