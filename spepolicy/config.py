@@ -14,6 +14,7 @@ from typing import Any
 
 from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
 from spepolicy.errors import ConfigurationError, nearest
+from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import (
     PAGE_BYTES,
@@ -32,6 +33,7 @@ from spepolicy.schema import (
     EVENT_BITS,
     EVENT_SINCE,
     HOST_KINDS,
+    ActSettings,
     CostSettings,
     CpuSettings,
     FilterSettings,
@@ -46,6 +48,7 @@ from spepolicy.units import format_count, format_size
 
 __all__ = ["Options", "host_notes", "register", "to_options", "to_scenario"]
 
+GUEST_ACTS = {act.name.lower(): act for act in GuestAct}
 RANDOM_OPS = {op.name.lower(): op for op in HostOp if op is not HostOp.NONE}
 UNLIMITED = "unlimited"
 
@@ -166,9 +169,10 @@ def _cpu(values: Mapping[str, Any]) -> Cpu:
 
 
 def _guest(values: Mapping[str, Any], cpu: Cpu) -> Guest:
-    chosen = checked_fields(values, GuestSettings, "guest", special=("filter",))
+    chosen = checked_fields(values, GuestSettings, "guest", special=("filter", "misbehaviour"))
     chosen["session"] = SessionMode[chosen["session"].upper()]
     chosen |= _filter(group_at(values, "filter", "guest."), cpu)
+    chosen["acts"] = _acts(values.get("misbehaviour") or {}, chosen)
     guest = Guest(**chosen)
     if not (guest.profile_user or guest.profile_kernel):
         raise ConfigurationError(
@@ -184,6 +188,40 @@ def _guest(values: Mapping[str, Any], cpu: Cpu) -> Guest:
             f"Set guest.memory={format_size(remedy * PAGE_BYTES)} or a smaller buffer."
         )
     return guest
+
+
+def _acts(values: Mapping[str, Any], guest: Mapping[str, Any]) -> tuple[tuple[int, int, int, int, int, int], ...]:
+    """Return a row an act, by GuestAct number: the order of the draws must not depend on the order in a file."""
+    known_keys(values, GUEST_ACTS, "guest.misbehaviour")
+    settings = settings_of(ActSettings)
+    rows = []
+    for name, entry in values.items():
+        where = f"guest.misbehaviour.{name}"
+        if not isinstance(entry, Mapping):
+            raise ConfigurationError(f"{where}={entry}: needs a time. Write {where}={{every: 1ms}} or {{at: 3ms}}.")
+        known_keys(entry, settings, where)
+        defaults = {item.name: item.default for item in fields(ActSettings)}
+        act = {key: checked((defaults | dict(entry))[key], settings[key], f"{where}.{key}") for key in settings}
+        if act["every"] and act["at"]:
+            raise ConfigurationError(
+                f"{where}: both every={entry['every']} and at={entry['at']} are given. An act comes at random times or "
+                f"once. Leave one of them out."
+            )
+        if act["moment"] == "before_eret" and (guest["profile_kernel"] or not guest["profile_user"]):
+            raise ConfigurationError(
+                f"{where}.moment=before_eret: needs {{E0SPE,E1SPE}} = {{1,0}}; else the write to PMSCR_EL1 itself "
+                "enables profiling, not the ERET (kvm.md 4.1 G1). Set guest.profile_user=true and "
+                f"guest.profile_kernel=false, or {where}.moment=profiling."
+            )
+        if act["pages"] > guest["buffer_pages"]:
+            raise ConfigurationError(
+                f"{where}.pages={act['pages']}: more than the buffer has, {guest['buffer_pages']}. "
+                f"Set {where}.pages={guest['buffer_pages']} or less, or a larger guest.buffer."
+            )
+        if act["every"] or act["at"]:
+            moment = int(Moment[act["moment"].upper()])
+            rows.append((int(GUEST_ACTS[name]), act["every"], act["at"], moment, int(act["tlbi"]), act["pages"]))
+    return tuple(sorted(rows))
 
 
 def _filter(values: Mapping[str, Any], cpu: Cpu) -> dict[str, int]:

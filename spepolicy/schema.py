@@ -15,6 +15,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_type_hints
 
+from spepolicy.machine.guestacts import Moment
 from spepolicy.machine.scenario import PAGE_BYTES
 
 __all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
@@ -161,6 +162,32 @@ class FilterSettings:
 
 
 @dataclass
+class ActSettings:
+    """One thing that a misbehaving guest does, at random times or once."""
+
+    every: str = _field(
+        Setting("mean guest time between two, of each vCPU", Kind.DURATION, "1us", MEAN, zero="never",
+                source="assumption"), "0"
+    )  # fmt: skip
+    at: str = _field(
+        Setting("guest time at which it happens once, instead of every", Kind.DURATION, "1ps", "1000s", zero="never",
+                source="assumption"), "0"
+    )  # fmt: skip
+    moment: str = _field(
+        Setting("what it waits for when it is due", Kind.CHOICE, choices=tuple(m.name.lower() for m in Moment),
+                source="kvm.md 4.1 G1 to G3"), "any"
+    )  # fmt: skip
+    tlbi: bool = _field(
+        Setting("the guest invalidates TLBs after it has changed a translation, as it must", Kind.FLAG,
+                source="spe.md rule 32"), True
+    )  # fmt: skip
+    pages: int = _field(
+        Setting("pages of the buffer, from the one that is written next", Kind.COUNT, 1, 16384, unit="pages",
+                source="assumption"), 1
+    )  # fmt: skip
+
+
+@dataclass
 class GuestSettings:
     """The guest: its memory, and how its perf uses SPE."""
 
@@ -198,6 +225,7 @@ class GuestSettings:
         "mean time between perf sessions, each with new AUX pages behind the same VA", "1ms", MEAN, "renew_ps",
         "kvm.md 4.1 G2", zero="never",
     )  # fmt: skip
+    misbehaviour: dict[str, ActSettings] = field(default_factory=dict)
 
 
 @dataclass

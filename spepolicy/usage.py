@@ -17,9 +17,20 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from spepolicy.machine.guestacts import GuestAct
 from spepolicy.plugins import PolicyInfo, broken_plugins, find_policy, installed_policies
 from spepolicy.policy_fields import fields_of
-from spepolicy.schema import GROUPS, HOST_KINDS, RandomOpSettings, Root, Setting, setting_at, setting_names, settings_of
+from spepolicy.schema import (
+    GROUPS,
+    HOST_KINDS,
+    ActSettings,
+    RandomOpSettings,
+    Root,
+    Setting,
+    setting_at,
+    setting_names,
+    settings_of,
+)
 
 __all__ = ["EXAMPLE", "conf_names", "group_help", "overview", "policy_help", "policy_list", "program_version"]
 
@@ -150,6 +161,12 @@ def _setting_rows(group: str) -> Iterator[tuple[str, str]]:
         for name, setting in settings_of(RandomOpSettings).items():
             yield f"host.ops.OPERATION.{name}", f"{_described(setting)} (host=random)"
         return
+    if group == "guest":
+        for name, setting in settings_of(ActSettings).items():
+            yield (
+                f"guest.misbehaviour.ACT.{name}",
+                f"{_described(setting)}; acts: {', '.join(act.name.lower() for act in GuestAct)}",
+            )
     for key in setting_names():
         found = setting_at(key)
         if found and key.startswith(f"{group}."):

@@ -20,6 +20,7 @@ from spepolicy.mmu.walker import STATE
 
 # Streams of random draws; a stream never gets another number, or results change.
 _PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT, _LOG = range(6)
+_ACT = 16
 
 PAGE_TABLE_ARRAYS = ("pool", "host_page")
 
@@ -42,7 +43,7 @@ def _table_pages(scenario: Scenario) -> tuple[int, int]:
     middle = -(-guest.vcpus * (1 << 27) // (1 << 30)) + 1
     stage1 = 2 + middle + leaves
     stage2 = 2 + -(-guest.ram_pages // (1 << 18)) + 1 + -(-guest.ram_pages // 512)
-    return stage1, stage1 + stage2
+    return stage1, stage1 + stage2 + (2 if guest.acts else 0)
 
 
 def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Behaviour) -> None:
@@ -66,6 +67,7 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
         "recording_scale_q16": host.time_scale_q16,
         "recording_span_ps": _recording_span_ps(scenario),
+        "acts": len(guest.acts),
         "phases": len(scenario.workload.phase_ps),
         "guest_tables": stage1_pages,
     }
@@ -112,12 +114,13 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
         m.vcpu["key_sample"][i, k] = stream_key(seed, replicate, _SAMPLE, k)
         m.vcpu["key_kvm"][i, k] = stream_key(seed, replicate, _KVM, k)
         m.vcpu["key_log"][i, k] = stream_key(seed, replicate, _LOG, k)
+        m.vcpu["key_act"][i, k] = stream_key(seed, replicate, _ACT, k)
     # Replicates enter the recording at different places, so that together they see all of it.
     m.vm["host_index"][i] = (layout[3] & 0xFFFF_FFFF) % len(m.rec_ps) if scenario.host.kind == HostKind.RECORDED else 0
 
 
 def _shared(scenario: Scenario) -> dict[str, NDArray[Any]]:
-    """Return the arrays that all lanes of a machine share, by name: the workload, and the host's events."""
+    """Return the arrays that all lanes of a machine share, by name: workload, host events, the guest's misbehaviour."""
     workload = scenario.workload
     rec_ps, rec_first, rec_end, rec_op = _recording(scenario)
     return {
@@ -145,6 +148,7 @@ def _shared(scenario: Scenario) -> dict[str, NDArray[Any]]:
         "rec_end": rec_end,
         "rec_op": rec_op,
         "random_op": np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
+        "act": np.array(scenario.guest.acts or [(0, 0, 0, 0, 0, 0)], dtype=np.int64),
         "exponential": exponential_table(),
     }
 
@@ -158,19 +162,20 @@ def shape_of(scenario: Scenario) -> tuple[int, ...]:
     guest, workload = scenario.guest, scenario.workload
     functions, distributions = len(workload.function_names), len(workload.op_ps)
     return (
-        guest.vcpus, guest.ram_pages, guest.buffer_pages, scenario.cpu.tlb_entries, functions, distributions
+        guest.vcpus, guest.ram_pages, guest.buffer_pages, scenario.cpu.tlb_entries, functions, distributions,
+        bool(guest.acts),
     )  # fmt: skip
 
 
 def shared_key(scenario: Scenario) -> tuple[Any, ...]:
-    """Return what the lanes of one machine must have in common: their shape, their workload, their host's events.
+    """Return what the lanes of one machine must have in common: shape, workload, host events, acts of their guests.
 
     Workloads and recordings are compared by identity: whoever wants two scenarios in one batch gives them one object.
     """
     host = {name: getattr(scenario.host, name) for name in scenario.host.__dataclass_fields__}
     del host["time_scale_q16"]  # a parameter of the lane
     host["recording"] = id(scenario.host.recording) if scenario.host.recording is not None else 0
-    return (*shape_of(scenario), id(scenario.workload), *host.values())
+    return (*shape_of(scenario), id(scenario.workload), scenario.guest.acts, *host.values())
 
 
 def share(m: Machine, scenario: Scenario) -> Machine:

@@ -17,6 +17,7 @@ from spepolicy.machine.host import host_event, is_out_of_reach, schedule_host
 from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
 from spepolicy.machine.layout import build_memory
 from spepolicy.machine.linux_spe import read_ring
+from spepolicy.machine.misbehave import act_due, fire_armed, schedule_act
 from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
 from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
 from spepolicy.machine.state import NEVER, WINDOW_LOG, Hook, Machine, Segment
@@ -37,6 +38,7 @@ def _next_time(m: Machine, i: int, k: int) -> int:
     if v.segment == _DONE:
         return widen(NEVER)
     t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
+    t = min(t, v.act_next_ps)
     if v.virq != 0 and v.segment <= _KERNEL:
         t = v.now_ps
     return t
@@ -77,11 +79,18 @@ def _step(m: Machine, i: int, k: int, t: int) -> int:
     if t == v.irq_ps:
         return take_interrupt(m, i, k)
     if t == v.segment_end_ps:
-        return segment_end(m, i, k)
+        ended = v.segment
+        hook = segment_end(m, i, k)
+        if v.act_armed != 0 and hook == _NONE:
+            fire_armed(m, i, k, ended)
+        return hook
     if t == v.reader_ps:
         read_ring(m, i, k)
         if v.restart != 0 and v.segment <= _KERNEL and (v.task == 0 or par.session == 1):
             interrupt_for_restart(m, i, k)
+        return _NONE
+    if t == v.act_next_ps:
+        act_due(m, i, k)
         return _NONE
     return ordinary_exit(m, i, k, t == v.preempt_next_ps)
 
@@ -185,3 +194,4 @@ def start_lanes(m: Machine, lanes: NDArray[np.int64]) -> None:
         for k in range(par.vcpus):
             boot(m, i, k)
             first_exits(m, i, k)
+            schedule_act(m, i, k)

@@ -18,7 +18,7 @@ from spepolicy.machine.host import (
     ROLE_SHIFT,
     ROLE_TABLE,
 )
-from spepolicy.machine.pagetables import map_ipa, unmap_ipa
+from spepolicy.machine.pagetables import ipa_leaf, map_ipa, unmap_ipa
 from spepolicy.machine.rows import (
     frames,
     host_page,
@@ -57,6 +57,15 @@ HCR_GUEST = HCR_VM | HCR_PTW
 BUFFER_VA0 = -(1 << 47) + 0x1000_0000
 BUFFER_WINDOW_SHIFT = 27
 
+# IPA pages outside RAM that a misbehaving guest points its buffer at: at the top of the 40-bit IPA space, above RAM.
+READ_ONLY_PAGE = (1 << 28) - 512  # a read-only memslot, as flash is
+DEVICE_PAGE = (1 << 28) - 511  # a page of an assigned device
+NOWHERE_PAGE = (1 << 28) - 510  # no memslot
+READ_ONLY_FRAME = 0x90_0000
+DEVICE_FRAME = 0xA0_0000
+S2_MEMATTR = 0xF << 2
+S2_DEVICE = 0x1 << 2  # Device-nGnRE (mmu.md 6.5)
+
 
 @jit
 def scatter(par: Any, index: int) -> int:
@@ -76,6 +85,27 @@ def guest_page(par: Any, k: int, generation: int, n: int) -> int:
     generations = (par.ram_pages - par.guest_tables) // per_generation
     base = par.guest_tables + (generation % generations) * per_generation
     return scatter(par, base + k * par.buffer_pages + n)
+
+
+@jit
+def reserve_generations(par: Any) -> int:
+    """Return how many other pages there are for each page of a buffer: those of the sessions to come."""
+    return (par.ram_pages - par.guest_tables) // (par.vcpus * par.buffer_pages) - 1
+
+
+@jit
+def _lay_traps_for_acts(m: Machine, i: int) -> None:
+    """What a misbehaving guest needs: a read-only memslot, an assigned device, and pages that no CPU has touched."""
+    par = params(m, i)
+    map_ipa(m, i, READ_ONLY_PAGE << 12, READ_ONLY_FRAME, 0)
+    map_ipa(m, i, DEVICE_PAGE << 12, DEVICE_FRAME, 1)
+    slot, entry = ipa_leaf(m, i, DEVICE_PAGE << 12)
+    pool(m, i)[slot, entry] = (pool(m, i)[slot, entry] & ~S2_MEMATTR) | S2_DEVICE
+    if par.buffer_mapped == 0:
+        for generation in range(1, reserve_generations(par) + 1):
+            for k in range(par.vcpus):
+                for n in range(par.buffer_pages):
+                    unmap_ipa(m, i, (par.ram_page0 + guest_page(par, k, generation, n)) << 12)
 
 
 @jit
@@ -166,6 +196,8 @@ def build_memory(m: Machine, i: int) -> None:
         vm.vtcr = VTCR_40BIT
         _decode_stage2(m, i)
         _map_all_ram(m, i)
+        if par.acts != 0:
+            _lay_traps_for_acts(m, i)
     vm.ttbr1 = (par.ram_page0 + _guest_table(m, i, ROLE_HOT)) << 12
     _decode_stage1(m, i)
     for k in range(par.vcpus):

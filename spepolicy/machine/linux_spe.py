@@ -271,7 +271,8 @@ def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
     par = params(m, i)
     mask = (par.buffer_pages << 12) - 1
     # PTR - head: on a fault in the middle of a record the partial bytes are handed over too.
-    output_end(m, i, k, (v.pmbptr - v.buffer_va) - (v.handle_head & mask))
+    size = (v.pmbptr - v.buffer_va) - (v.handle_head & mask)
+    output_end(m, i, k, min(max(size, 0), mask + 1 - (v.handle_head & mask)))  # a forged PMBPTR hands over nothing more
     full = (syndrome & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_OTHER and syndrome & 0x3F == BSC_FULL
     return not full
 
@@ -368,7 +369,9 @@ def read_ring(m: Machine, i: int, k: int) -> None:
         va = v.buffer_va + ((page << 12) & mask)
         slot, entry, _reads = va_leaf(m, i, va)
         if slot >= 0 and pool(m, i)[slot, entry] & 1 != 0 and par.virtualized != 0:
-            tr.cpu_faults += cpu_touch(m, i, ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0, 0)
+            behind = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
+            if 0 <= behind < par.ram_pages:
+                tr.cpu_faults += cpu_touch(m, i, behind, 0)
     log(m, i, k, READ, ZERO, v.aux_tail, v.aux_head)
     v.aux_tail = v.aux_head
     v.reader_ps = NEVER
@@ -390,8 +393,11 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = va_leaf(m, i, va)
+        if slot < 0:
+            continue  # a guest that freed its own table
         old = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
-        host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
+        if 0 <= old < par.ram_pages:
+            host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
         pool(m, i)[slot, entry] = 0
     for e in range(tlb(m, i, k).shape[0]):
         tlb(m, i, k)[e, 0] = -1
@@ -400,6 +406,8 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)
         slot, entry, _reads = va_leaf(m, i, va)
+        if slot < 0:
+            continue
         page = guest_page(par, k, v.buffer_generation, n)
         pool(m, i)[slot, entry] = ((par.ram_page0 + page) << 12) | S1_LEAF
         host_page(m, i)[page] = host_page(m, i)[page] | (ROLE_BUFFER << ROLE_SHIFT)

@@ -55,6 +55,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("rec_end", np.int32, 1),
     ("rec_op", np.uint8, 1),
     ("random_op", np.int64, 2),
+    ("act", np.int64, 2),
     ("exponential", np.int64, 1),
 )
 
@@ -183,4 +184,5 @@ rec_first = _make("rec_first", "")
 rec_end = _make("rec_end", "")
 rec_op = _make("rec_op", "")
 random_op = _make("random_op", "")
+act = _make("act", "")
 exponential = _make("exponential", "")

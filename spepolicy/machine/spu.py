@@ -11,10 +11,12 @@ from spepolicy.arch.registers import (
     EC_OTHER,
     EC_STAGE1,
     EC_STAGE2,
+    FSC_EXTERNAL_ABORT,
     PMBLIMITR_E,
     PMBLIMITR_LIMIT,
     PMBSR_COLL,
     PMBSR_DL,
+    PMBSR_EA,
     PMBSR_EC_SHIFT,
     PMBSR_S,
     PMSCR_E0SPE,
@@ -28,7 +30,7 @@ from spepolicy.arch.registers import (
 )
 from spepolicy.jit import jit
 from spepolicy.machine.draw import draw
-from spepolicy.machine.host import FRAME, GONE_HOST, GONE_MASK, GONE_SHIFT
+from spepolicy.machine.host import FRAME, GONE_GUEST, GONE_HOST, GONE_MASK, GONE_MIGRATION, GONE_SHIFT
 from spepolicy.machine.rows import (
     alias_outcome,
     alias_threshold,
@@ -73,11 +75,14 @@ _DIGEST = 0x1E37_79B9_7F4A_7C15  # odd, so that multiplication loses nothing
 _NOT_PINNED = int(LostCause.STAGE2_NOT_PINNED)
 _GUEST = int(LostCause.STAGE2_GUEST)
 _HOST = int(LostCause.STAGE2_HOST)
+_MIGRATION = int(LostCause.STAGE2_MIGRATION)
+_GUEST_ERROR = int(LostCause.GUEST_ERROR)
 
 # True causes as spepolicy.hookspecs.Cause numbers them.
 _CAUSE_NOT_PINNED = 1
 _CAUSE_GUEST = 2
 _CAUSE_HOST = 3
+_CAUSE_MIGRATION = 5
 
 # Bytes of a record before padding, without context and PA packets (spe.md 4.6), by OpType & 7.
 _SIZES = (36, 45, 45, 45, 43, 45, 45, 45)
@@ -166,10 +171,14 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         if w.status != 0:
             tr.fault_cause = _true_cause(m, i, w.status, ipa)
             return w.status
+        guest_page = (ipa >> 12) - par.ram_page0
+        if guest_page < 0 or guest_page >= par.ram_pages:
+            # A device's memory: what comes of a record there is CONSTRAINED UNPREDICTABLE (rule 35); here it aborts.
+            tr.fault_cause = _CAUSE_GUEST
+            return FSC_EXTERNAL_ABORT
         tlb(m, i, k)[e, 0] = page
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12
-        guest_page = (ipa >> 12) - par.ram_page0
         diverged = 1 if host_page(m, i)[guest_page] & FRAME != pa >> 12 else 0
         tlb(m, i, k)[e, 3] = diverged
         tr.diverged_pages += diverged
@@ -186,7 +195,11 @@ def _true_cause(m: Machine, i: int, status: int, ipa: int) -> int:
     if page < 0 or page >= par.ram_pages:
         return _CAUSE_GUEST  # the guest's own tables point outside its memory
     gone = (host_page(m, i)[page] & GONE_MASK) >> GONE_SHIFT
-    return _CAUSE_HOST if gone == GONE_HOST else _CAUSE_NOT_PINNED
+    if gone == GONE_HOST:
+        return _CAUSE_HOST
+    if gone == GONE_GUEST:
+        return _CAUSE_GUEST
+    return _CAUSE_MIGRATION if gone == GONE_MIGRATION else _CAUSE_NOT_PINNED
 
 
 @jit
@@ -204,7 +217,13 @@ def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_p
             cause = _NOT_PINNED
         elif tr.fault_cause == _CAUSE_GUEST:
             cause = _GUEST
+        elif tr.fault_cause == _CAUSE_MIGRATION:
+            cause = _MIGRATION
         tr.stage2_faults += 1
+    elif status == FSC_EXTERNAL_ABORT:
+        syndrome |= (EC_STAGE1 << PMBSR_EC_SHIFT) | PMBSR_EA  # rule 42
+        cause = _GUEST_ERROR
+        tr.external_aborts += 1
     else:
         syndrome |= EC_STAGE1 << PMBSR_EC_SHIFT
         cause = _STAGE1
@@ -224,6 +243,20 @@ def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_p
 
 
 @jit
+def _not_allowed(m: Machine, i: int, k: int, at_ps: int) -> None:
+    """PMBPTR_EL1 leaves no room for a record below the limit, which software must not program: of what rule 34 allows,
+    this SPU chooses the event "access not allowed" (rule 41).
+    """
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    lost(m, i, k)[_GUEST_ERROR] += 1
+    tr.data_loss += 1
+    log_at(m, i, k, at_ps, LOST, _GUEST_ERROR, v.pmbptr, ZERO)
+    stop(params(m, i), v, PMBSR_DL, at_ps, _GUEST_ERROR)
+    log_at(m, i, k, at_ps, STOPPED, _GUEST_ERROR, v.pmbsr, v.pmbptr)
+
+
+@jit
 def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
     """The operation in flight is done: filter its record and write it. Return True if that stopped the SPU."""
     par = params(m, i)
@@ -238,6 +271,9 @@ def complete(m: Machine, i: int, k: int, at_ps: int) -> bool:
         return False
     size = record_bytes(par, kind)
     pointer = v.pmbptr
+    if pointer > (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes:
+        _not_allowed(m, i, k, at_ps)
+        return True
     if pointer >> 12 != v.tlb_page:
         status = find_page(m, i, k, pointer)
         if status != 0:
@@ -359,7 +395,8 @@ def _word(outcome: int, latency: int, pointer: int) -> int:
 def _book(tr: Any, written: int) -> None:
     tr.written += written
     tr.pending += written
-    tr.diverged_records += written * tr.diverged_now
+    tr.diverged_records += written * (tr.diverged_now & 1)
+    tr.stray_records += written * (tr.diverged_now >> 1)
 
 
 @jit

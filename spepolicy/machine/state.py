@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 NEVER = np.int64(1) << np.int64(62)  # a time that does not come
-LOST_CAUSES = 8
+LOST_CAUSES = 11
 WINDOW_LOG = 128
 
 # PARAMS: constants of a lane, from `spepolicy.machine.scenario`; same names, same units.
@@ -77,6 +77,7 @@ _PARAMS = [
     "host_kind",
     "recording_scale_q16",
     "recording_span_ps",
+    "acts",
     "phases",
     "guest_tables",
     "scatter_a",
@@ -135,9 +136,11 @@ key_program         hash keys of this vCPU's random streams
 key_sample
 key_kvm
 key_log             hash key of what only the event log needs (spepolicy.machine.trace)
+key_act
 program_draws       counters of these streams
 sample_draws
 kvm_draws
+act_draws
 counting            1 while the interval counter runs (profiling enabled now)
 select_ps           guest time of the next selection while counting
 left_ops            operations until the next selection while not counting
@@ -155,6 +158,12 @@ event_seen          1: KVM has handled the event in pmbsr
 virq                1: the virtual (or bare-metal) PMBIRQ is pending at the guest
 exit_next_ps        guest time of the next ordinary exit
 preempt_next_ps     guest time of the next preemption
+act_next_ps         guest time of the next act of a guest that misbehaves, NEVER if none
+act_index           row of Machine.act that comes then
+act_armed           mask of the rows that are due and wait for their moment
+moved               times that a page of the buffer was remapped or migrated
+table_freed         level 2 descriptor of the stage 1 table that was unlinked, 0 if none
+table_freed_va      VA that it translates
 reader_ps           guest time at which perf has consumed what it was woken for
 segment             SEG_*: what the guest executes
 segment_end_ps      guest time at which the segment ends
@@ -229,6 +238,7 @@ spurious            handler found S=0
 buffer_full         buffer full events
 stage1_faults
 stage2_faults
+external_aborts     writes that a device answered with an abort
 data_loss           events with DL=1
 sessions            times that the driver opened an AUX handle and enabled the buffer
 truncated           handles closed with PERF_AUX_FLAG_TRUNCATED
@@ -239,7 +249,10 @@ walks               SPU translations that missed the TLB
 walk_reads          descriptor reads by the SPU's walks
 diverged_pages      TLB fills for pages whose stage 2 entry is not what the VMM's address shows
 diverged_records    records written to such pages
-diverged_now        1: the page of tlb_page is one
+stray_records       records written through a translation that the guest had changed without a TLBI
+diverged_now        1: the page of tlb_page is diverged; 2: its translation is stray; 3: both
+acts                acts of a guest that misbehaves
+forged              PMBSR_EL1 written by the guest with S=1
 fault_cause         true Cause of the last stage 2 fault
 fault_loss_cause    LOST_* it counts under
 injected_impdef     events told to the guest, by Event
@@ -290,6 +303,9 @@ class LostCause(IntEnum):
     STAGE2_KVM_BUG = 5
     RING_FULL = 6  # perf did not read in time: no space in the AUX ring
     REFUSED = 7  # the policy told the guest that it cannot profile
+    STAGE2_MIGRATION = 8  # live migration: write-protected for dirty logging, or not there yet on the target
+    MIGRATION = 9  # live migration: KVM or the VMM switched SPE off for it
+    GUEST_ERROR = 10  # the guest programmed the SPU in a way that stops it
 
 
 class Hook(IntEnum):
@@ -361,4 +377,5 @@ class Machine(NamedTuple):
     rec_end: NDArray[np.int32]
     rec_op: NDArray[np.uint8]  # HostOp, plus 0x80 for a write by the CPU
     random_op: Ints  # [R, 3] HostOp, mean interval ps, pages
+    act: Ints  # [A, 6] GuestAct, mean interval ps or 0, guest time ps or 0, Moment, 1 with TLBI, pages
     exponential: Ints  # see spepolicy.machine.draw

@@ -84,6 +84,8 @@ class LogKind(IntEnum):
     # blackouts
     BLACK = 32  # a window opens - LostCause
     LIGHT = 33  # it closes - LostCause; its wanted guest time in ps; operations missed
+    # the guest against its own buffer (spepolicy.machine.guestacts)
+    GUEST_ACT = 40  # - GuestAct; VA; PMBSR_EL1
 
 
 class Register(IntEnum):
@@ -114,7 +116,7 @@ RING_FULL, READ, RENEWED, HANDLED = _K["RING_FULL"], _K["READ"], _K["RENEWED"], 
 TRAPPED, EXIT, INTERRUPT, INJECTED, VIRQ = (_K[n] for n in ("TRAPPED", "EXIT", "INTERRUPT", "INJECTED", "VIRQ"))
 HOOK, WALKED, PINNED, UNPINNED, MAPPED = (_K[n] for n in ("HOOK", "WALKED", "PINNED", "UNPINNED", "MAPPED"))
 RESUMED, CLAIMED, HOST_OP, UNMAPPED = _K["RESUMED"], _K["CLAIMED"], _K["HOST_OP"], _K["UNMAPPED"]
-BLACK, LIGHT = _K["BLACK"], _K["LIGHT"]
+BLACK, LIGHT, GUEST_ACT = _K["BLACK"], _K["LIGHT"], _K["GUEST_ACT"]
 REG_PMSCR, REG_PMSFCR, REG_PMSEVFR, REG_PMSLATFR, REG_PMSIRR, REG_PMBLIMITR, REG_PMBPTR, REG_PMBSR = (
     _constant(register) for register in Register
 )

@@ -42,11 +42,12 @@ class Bench(Lane):
         limit_pages: int = 0,
         virtualized: bool = False,
         workload: Workload | None = None,
+        guest: dict[str, Any] | None = None,
         **behaviour: Any,
     ) -> None:
-        guest = Guest(ram_pages=256, buffer_pages=buffer_pages, period_ops=interval, jitter=jitter)
+        whole = Guest(ram_pages=256, buffer_pages=buffer_pages, period_ops=interval, jitter=jitter, **(guest or {}))
         super().__init__(
-            Scenario(workload=workload or one_kind(), cpu=cpu, guest=guest), virtualized=virtualized, **behaviour
+            Scenario(workload=workload or one_kind(), cpu=cpu, guest=whole), virtualized=virtualized, **behaviour
         )
         v = self.v
         v.segment, v.level, v.distribution = 0, 0, 0

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.drivers.simulate import Result
+from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Host, IrqDelivery, Scenario, SessionMode
 from spepolicy.testing.scenes import DISTURBING as DISTURBING
@@ -37,6 +38,24 @@ def conserved(result: Result) -> NDArray[np.bool_]:
     return np.asarray(t["selected"] == ends)
 
 
+def random_acts(rng: random.Random) -> tuple[tuple[int, int, int, int, int, int], ...]:
+    """Draw what the guest does that it should not: nothing, or some acts at any moment, and what repairs them."""
+    if rng.random() < 0.5:
+        return ()
+    acts = [
+        (
+            int(act),
+            rng.choice([50 * US, 200 * US]),
+            0,
+            int(rng.choice(list(Moment))),
+            rng.randrange(2),
+            rng.choice([1, 2]),
+        )
+        for act in rng.sample(list(GuestAct), rng.choice([1, 3, len(GuestAct)]))
+    ]
+    return (*acts, (int(GuestAct.RESTORE), 60 * US, 0, int(Moment.ANY), 1, 1))
+
+
 def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
     """Draw a policy with its fields and a scenario."""
     largest = rng.choice([64, 128, 256])
@@ -55,7 +74,7 @@ def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
         period_ops=rng.choice([256, 512, 1024]), jitter=rng.random() < 0.5, type_filter=rng.choice([0, 0, 1, 6]),
         event_filter=rng.choice([0, 0, 4]), min_latency_cycles=rng.choice([0, 0, 20]),
         renew_ps=rng.choice([0, 0, 400 * US]), task_off_ps=rng.choice([0, 60 * US]),
-        reader_latency_ps=rng.choice([10 * US, 200 * US]),
+        reader_latency_ps=rng.choice([10 * US, 200 * US]), acts=random_acts(rng),
     )  # fmt: skip
     the_kvm = kvm(
         exit_interval_ps=rng.choice([0, 40 * US]), preempt_interval_ps=rng.choice([0, 300 * US]),
