@@ -11,12 +11,15 @@ from spepolicy.judge.blackout import CAUSES, BlackoutSeries
 
 __all__ = ["CAUSE_COLOURS", "draw_blackout"]
 
-# Okabe and Ito's palette, which the common forms of colour blindness can tell apart; one colour a cause, in every
-# figure.
+# Okabe and Ito's palette, which the common forms of colour blindness can tell apart, then three of Tol's; one colour a
+# cause, in every figure.
 CAUSE_COLOURS: dict[str, str] = dict(
     zip(
         CAUSES,
-        ("#56B4E9", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#000000", "#009E73", "#E69F00"),
+        (
+            *("#56B4E9", "#F0E442", "#D55E00", "#CC79A7", "#0072B2", "#000000", "#009E73", "#E69F00"),
+            *("#882255", "#999999", "#DDCC77"),
+        ),
         strict=True,
     )
 )

@@ -131,7 +131,7 @@ def run_lane(m: Machine, i: int) -> None:
             _wait(m, i, _VM_CREATED, 0)
             return
     while True:
-        if vm.window_count > WINDOW_LOG - 2 * par.vcpus - 2:
+        if vm.window_count > WINDOW_LOG:  # the array has room for four more windows of each vCPU
             _wait(m, i, _LOG_FULL, 0)
             return
         first = widen(-1)
