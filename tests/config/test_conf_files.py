@@ -112,7 +112,7 @@ def test_the_ranges_in_the_comments_are_those_of_the_schema() -> None:
             continue
         group = path.parent.name
         for line in path.read_text().splitlines():
-            match = re.match(r"(\s*)(\w+): .*#.*?((?:\d[\w.]*)\.\.(?:\d[\w]*))", line)
+            match = re.match(r"(\s*)(\w+): [^{]*#.*?((?:\d[\w.]*)\.\.(?:\d[\w]*))", line)
             if not match:
                 continue
             key = f"{group}.filter.{match[2]}" if match[1] else f"{group}.{match[2]}"
