@@ -72,55 +72,96 @@ def _security(payload: Any) -> Any:
 
 
 @lean
-def _store(r: Any, kind: int, header: int, size: int, payload: Any) -> None:
-    """Put the payload of a packet that has fields of its own into its record."""
+def _take(r: Any, kind: int, header: int, word: Any) -> int:
+    """Put a packet that has fields of its own into its record; return its bytes.
+
+    *word* is the eight bytes behind the header, whatever the payload's size. Each branch returns a constant: so the
+    processor can go on with the next packet before it has the sizes from a table.
+    """
     if kind == _PC:
-        r.pc = _canonical(payload)
-        r.pc_el = (payload >> _word(61)) & _word(3)
-        r.pc_security = _security(payload)
-        r.reserved |= (payload >> _word(56)) & _word(0xF)
-    elif kind == _EVENTS:
-        r.events = payload
-        r.events_bytes = size
-    elif kind == _ISSUE:
-        r.issue_latency = payload
-    elif kind == _TOTAL:
-        r.total_latency = payload
-    elif kind == _OPERATION:
+        r.pc = _canonical(word)
+        r.pc_el = (word >> _word(61)) & _word(3)
+        r.pc_security = _security(word)
+        r.reserved |= (word >> _word(56)) & _word(0xF)
+        return 9
+    if kind == _EVENTS:
+        return _take_events(r, header, word)
+    if kind == _ISSUE:
+        r.issue_latency = word & _word(0xFFFF)
+        return 3
+    if kind == _TOTAL:
+        r.total_latency = word & _word(0xFFFF)
+        return 3
+    if kind == _OPERATION:
         r.op_class = header & 3
-        r.op = payload
-    elif kind == _TIMESTAMP:
-        r.timestamp = payload
-    elif kind == _VA:
-        r.va = _canonical(payload)
-        r.va_tag = payload >> _word(56)
-    elif kind == _TRANSLATION:
-        r.translation_latency = payload
-    elif kind == _PA:
-        r.pa = payload & _word(0x00FF_FFFF_FFFF_FFFF)
-        r.pa_security = _security(payload)
-        r.pa_tag = (payload >> _word(56)) & _word(0xF)
-        r.pa_checked = (payload >> _word(62)) & _word(1)
-        r.reserved |= ((payload >> _word(61)) & _word(1)) << _word(12)
-    elif kind == _DATA_SOURCE:
-        r.data_source = payload
-        r.data_source_bytes = size
-    elif kind == _TARGET:
-        r.target = _canonical(payload)
-        r.target_el = (payload >> _word(61)) & _word(3)
-        r.target_security = _security(payload)
-        r.reserved |= ((payload >> _word(56)) & _word(0xF)) << _word(4)
-    elif kind == _CONTEXT_EL1:
-        r.context_el1 = payload
-    elif kind == _CONTEXT_EL2:
-        r.context_el2 = payload
-    elif kind == _PREVIOUS_TARGET:
-        r.previous = _canonical(payload)
-        r.previous_el = (payload >> _word(61)) & _word(3)
-        r.previous_security = _security(payload)
-        r.reserved |= ((payload >> _word(56)) & _word(0xF)) << _word(8)
-    elif kind == _ALTERNATE_ISSUE:
-        r.alternate_latency = payload
+        r.op = word & _word(0xFF)
+        return 2
+    if kind == _TIMESTAMP:
+        r.timestamp = word
+        return 9
+    if kind == _VA:
+        r.va = _canonical(word)
+        r.va_tag = word >> _word(56)
+        return 9
+    if kind == _TRANSLATION:
+        r.translation_latency = word & _word(0xFFFF)
+        return 3
+    if kind == _PA:
+        r.pa = word & _word(0x00FF_FFFF_FFFF_FFFF)
+        r.pa_security = _security(word)
+        r.pa_tag = (word >> _word(56)) & _word(0xF)
+        r.pa_checked = (word >> _word(62)) & _word(1)
+        r.reserved |= ((word >> _word(61)) & _word(1)) << _word(12)
+        return 9
+    if kind == _DATA_SOURCE:
+        if header == 0x43:
+            r.data_source = word & _word(0xFF)
+            r.data_source_bytes = 1
+            return 2
+        r.data_source = word & _word(0xFFFF)
+        r.data_source_bytes = 2
+        return 3
+    if kind == _TARGET:
+        r.target = _canonical(word)
+        r.target_el = (word >> _word(61)) & _word(3)
+        r.target_security = _security(word)
+        r.reserved |= ((word >> _word(56)) & _word(0xF)) << _word(4)
+        return 9
+    if kind == _CONTEXT_EL1:
+        r.context_el1 = word & _word(0xFFFF_FFFF)
+        return 5
+    if kind == _CONTEXT_EL2:
+        r.context_el2 = word & _word(0xFFFF_FFFF)
+        return 5
+    if kind == _PREVIOUS_TARGET:
+        r.previous = _canonical(word)
+        r.previous_el = (word >> _word(61)) & _word(3)
+        r.previous_security = _security(word)
+        r.reserved |= ((word >> _word(56)) & _word(0xF)) << _word(8)
+        return 9
+    if kind == _ALTERNATE_ISSUE:
+        r.alternate_latency = word & _word(0xFFFF)
+        return 3
+    return 1  # the end
+
+
+@lean
+def _take_events(r: Any, header: int, word: Any) -> int:
+    if header == 0x52:
+        r.events = word & _word(0xFFFF)
+        r.events_bytes = 2
+        return 3
+    if header == 0x62:
+        r.events = word & _word(0xFFFF_FFFF)
+        r.events_bytes = 4
+        return 5
+    if header == 0x72:
+        r.events = word
+        r.events_bytes = 8
+        return 9
+    r.events = word & _word(0xFF)
+    r.events_bytes = 1
+    return 2
 
 
 @lean
@@ -183,6 +224,8 @@ def decode_into(
     position, found, extras, places, padding = state[0], state[1], state[2], state[3], state[4]
     start = _wide(-1)  # of the open record
     end = _wide(0)  # of its last packet
+    limit = _wide(0)  # where it must have ended
+    safe = _wide(0)  # the last place where any packet fits that and the stream
     first_extra = extras
     present = _wide(0)
     rest = _wide(n)
@@ -195,75 +238,93 @@ def decode_into(
         header = _wide(stream[position])
         kind = _wide(kind_of[header])
         if kind == _PADDING:
+            begin = position
             while position < len(words) and words[position] == 0:
                 position += 8
-                if start < 0:
-                    padding += 8
-            while position < n and stream[position] == 0:
-                position += 1
-                if start < 0:
-                    padding += 1
-            continue
-
-        length = _wide(1)
-        code = header
-        size = size_of[header]
-        if 0x20 <= header < 0x40:
-            length = 2
-            second = _wide(0) if position + 1 >= n else _wide(stream[position + 1])
-            size = _wide(1) << (second >> 4 & 3)
-            code = header | second << 8
-            index = _wide(kind_of[second])
-            if kind == _EXTENDED and second >= 0x98 and index != _UNKNOWN:
-                # The lowest eight indices have the one-byte header as well: the packet is the same.
-                kind = index if header == 0x20 else _INDEXED
-                if header == 0x20:
-                    code = second
+            if position < len(words):
+                word = words[position]  # count its zero bytes, the lowest first
+                if word & _word(0xFFFF_FFFF) == 0:
+                    word >>= _word(32)
+                    position += 4
+                if word & _word(0xFFFF) == 0:
+                    word >>= _word(16)
+                    position += 2
+                if word & _word(0xFF) == 0:
+                    position += 1
             else:
-                kind = _UNKNOWN
-        bad = kind == _UNKNOWN and by_byte
-        after = position + length + size
-        bit = present_of[kind]
-        # The open record ends here without its end: see DamageKind.NO_END.
-        if start >= 0 and (bad or present & bit != 0 or after - (start - start % align) > max_size):
-            places = _report(damage, places, _NO_END, start, end)
-            padding += position - end
-            start = _wide(-1)
-            extras = first_extra
+                while position < n and stream[position] == 0:
+                    position += 1
+            if start < 0:
+                padding += position - begin
             continue
-        if bad:
-            places = _report(damage, places, _BAD_BYTES, position, position + 1)
-            position += 1
-            continue
-        if start < 0:
-            start = position
-            present = _wide(0)
-            first_extra = extras
-            for word in range(13):
-                rows[found, word] = 0
-            r = row(records, found)
-        if after > n:
-            rest = start
-            places = _report(damage, places, _NO_END, start, n)
-            start = _wide(-1)
-            extras = first_extra
-            break
 
-        if kind >= _INDEXED:
-            more = row(extra, extras)
-            more.value = _payload(stream, words, position + length, size) if size > 0 else _word(0)
-            more.record_index = found
-            more.header = code
-            more.zero = 0
-            extras += 1
-            present |= _HAS_EXTRA
-            if kind == _UNKNOWN:
-                places = _report(damage, places, _UNKNOWN_PACKET, position, after)
-        elif kind != _END:
-            _store(r, kind, code, size, _payload(stream, words, position + length, size))
+        bit = present_of[kind]
+        if start >= 0 and kind < _INDEXED and present & bit == 0 and position <= safe:
+            # Nearly all packets: that they fit is seen without their sizes.
+            position += _take(r, kind, header, words[position + 1])
             present |= bit
-        position = after
-        end = after
+        else:
+            length = _wide(1)
+            code = header
+            size = size_of[header]
+            if 0x20 <= header < 0x40:
+                length = 2
+                second = _wide(0) if position + 1 >= n else _wide(stream[position + 1])
+                size = _wide(1) << (second >> 4 & 3)
+                code = header | second << 8
+                index = _wide(kind_of[second])
+                if kind == _EXTENDED and second >= 0x98 and index != _UNKNOWN:
+                    # The lowest eight indices have the one-byte header as well: the packet is the same.
+                    kind = index if header == 0x20 else _INDEXED
+                    if header == 0x20:
+                        code = second
+                else:
+                    kind = _UNKNOWN
+            bad = kind == _UNKNOWN and by_byte
+            after = position + length + size
+            bit = present_of[kind]
+            # The open record ends here without its end: see DamageKind.NO_END.
+            if start >= 0 and (bad or present & bit != 0 or after > limit):
+                places = _report(damage, places, _NO_END, start, end)
+                padding += position - end
+                start = _wide(-1)
+                extras = first_extra
+                continue
+            if bad:
+                places = _report(damage, places, _BAD_BYTES, position, position + 1)
+                position += 1
+                continue
+            if start < 0:
+                start = position
+                limit = start + max_size - (start % align if align > 1 else 0)
+                safe = min(limit, n) - 9
+                present = _wide(0)
+                first_extra = extras
+                for column in range(13):
+                    rows[found, column] = 0
+                r = row(records, found)
+            if after > n:
+                rest = start
+                places = _report(damage, places, _NO_END, start, n)
+                start = _wide(-1)
+                extras = first_extra
+                break
+
+            if kind >= _INDEXED:
+                more = row(extra, extras)
+                more.value = _payload(stream, words, position + length, size) if size > 0 else _word(0)
+                more.record_index = found
+                more.header = code
+                more.zero = 0
+                extras += 1
+                present |= _HAS_EXTRA
+                if kind == _UNKNOWN:
+                    places = _report(damage, places, _UNKNOWN_PACKET, position, after)
+            else:
+                _take(r, kind, code, _payload(stream, words, position + length, size) if size > 0 else _word(0))
+                present |= bit
+            position = after
+        end = position
         if kind in (_END, _TIMESTAMP):
             if present & _HAS_EVENTS == 0:
                 places = _report(damage, places, _NO_EVENTS, start, end)

@@ -55,8 +55,7 @@ WRONG = {
     6: "an address is not canonical. Rule: bits 63:56 repeat bit 55; the tag of a data address goes into 'va_tag'",
     7: "an exception level, a security state or bits of 'reserved' are out of range. Rule: 0 to 3; below 2**13",
     8: "'pa', 'pa_tag' or 'pa_checked' is out of range. Rule: below 2**56, 16 and 2",
-    9: "the EXTRA bit of 'present' and the rows of 'extra' disagree. Rule: 'extra' is sorted by record; bit set if "
-    "there are rows",
+    9: "the EXTRA bit of 'present' and the rows of 'extra' disagree. Rule: the bit is set if there are rows",
     10: "a row of 'extra' is not a packet that needs one. Rule: a header without a field in RECORD, a value that fits "
     "its size",
     11: f"it takes more than {MAX_SIZE} bytes. Rule: the largest record of the architecture (PMSIDR_EL1.MaxSize)",
@@ -133,47 +132,56 @@ def _record_bytes(r: Any, present: int) -> int:
 
 @entry
 def measure(
-    records: NDArray[Any], extra: NDArray[Any], size_of: NDArray[Any], kind_of: NDArray[Any], align: int, neoverse: bool
+    records: NDArray[Any],
+    extra: NDArray[Any],
+    first: int,
+    size_of: NDArray[Any],
+    kind_of: NDArray[Any],
+    at: int,
+    align: int,
+    neoverse: bool,
 ) -> tuple[int, int, int]:
     """Return the bytes that `encode_into` will write; or, for the first wrong record, its index and a key of `WRONG`.
 
+    :param first: index of `records[0]` to *extra*.
+    :param at: where in the stream the records begin.
     :returns: (bytes, -1, 0) or (0, index, what).
     """
-    total = _wide(0)
+    begin = at
     cursor = 0
     for i in range(len(records)):
         r = row(records, i)
         present = _wide(r.present)
         what = _wrong(r, present)
         if what != 0:
-            return 0, i, what
+            return 0, first + i, what
         size = _record_bytes(r, present)
         had = cursor
-        while cursor < len(extra) and row(extra, cursor).record_index == i:
+        while cursor < len(extra) and row(extra, cursor).record_index == first + i:
             more = row(extra, cursor)
             packet = _sizes_of_extra(_wide(more.header), size_of, kind_of)
             if packet < 0:
-                return 0, i, 10
+                return 0, first + i, 10
             payload = packet - (2 if 0x20 <= more.header & 0xFF < 0x40 else 1)
             if (payload == 0 and more.value != 0) or (payload > 0 and not _fits(more.value, payload)):
-                return 0, i, 10
+                return 0, first + i, 10
             size += packet
             cursor += 1
         if (present & _EXTRA != 0) != (cursor > had):
-            return 0, i, 9
+            return 0, first + i, 9
         if size > MAX_SIZE:
-            return 0, i, 11
+            return 0, first + i, 11
         if neoverse:
             both = _VA | _TARGET
             if present & _NOT_NEOVERSE != 0 or present & both == both or r.events_bytes != 2:
-                return 0, i, 12
+                return 0, first + i, 12
             if present & _DATA_SOURCE != 0 and r.data_source_bytes != 1:
-                return 0, i, 12
+                return 0, first + i, 12
             size = NEOVERSE_BYTES
-        total += (size + align - 1) // align * align
-    if cursor < len(extra):
-        return 0, _wide(row(extra, cursor).record_index), 9
-    return total, -1, 0
+        at += size
+        if align > 1:
+            at = (at + align - 1) // align * align
+    return at - begin, -1, 0
 
 
 @lean
@@ -304,13 +312,15 @@ def encode_into(
     words: NDArray[Any],
     records: NDArray[Any],
     extra: NDArray[Any],
+    first: int,
     size_of: NDArray[Any],
+    begin: int,
     align: int,
     neoverse: bool,
-) -> int:
-    """Write the packets of records that `measure` found right; return the bytes written.
+) -> None:
+    """Write the packets of records that `measure` found right, from `out[0]` on, which is byte *begin* of the stream.
 
-    :param out: uint8[bytes + 8], all zero; *words* is uint64[bytes + 1], the eight bytes from each offset on.
+    :param out: uint8[bytes + 8]; *words* is uint64[bytes + 1], the eight bytes from each offset on.
     """
     at = _wide(0)
     cursor = 0
@@ -318,11 +328,13 @@ def encode_into(
         r = row(records, i)
         present = _wide(r.present)
         if neoverse:
+            for place in range(0, NEOVERSE_BYTES, 8):
+                words[at + place] = _word(0)
             _put_in_slots(out, words, at, r, present)
             at += NEOVERSE_BYTES
         else:
             at = _put_in_order(out, words, at, r, present)
-            while cursor < len(extra) and row(extra, cursor).record_index == i:
+            while cursor < len(extra) and row(extra, cursor).record_index == first + i:
                 more = row(extra, cursor)
                 header = _wide(more.header)
                 size = size_of[header & 0xFF]
@@ -334,5 +346,8 @@ def encode_into(
                 at = _put(out, words, at, header & 0xFF, size, more.value)
                 cursor += 1
             at = _put_end(out, words, at, r, present)
-        at = (at + align - 1) // align * align
-    return at
+        if align > 1:
+            padded = (begin + at + align - 1) // align * align - begin
+            while at < padded:
+                out[at] = 0
+                at += 1

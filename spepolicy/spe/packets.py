@@ -15,6 +15,7 @@ guesses: it returns complete records only, and reports where everything else lie
 
 from __future__ import annotations
 
+import io
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,10 @@ from spepolicy.spe.report import DAMAGE, DamageKind, DecodeReport
 
 __all__ = ["DAMAGE", "EXTRA", "RECORD", "DamageKind", "DecodeReport", "decode", "encode"]
 
-_COMMON_RECORD = 64  # bytes, fixed on Neoverse cores; the first guess of how many records there are
+_BLOCK = 8192  # records that are encoded at a time
+_COMMON_RECORD = (
+    40  # bytes, fewer than most have (spe.md 4.6): a first guess that need not grow, as untouched memory costs nothing
+)
 
 
 def decode(
@@ -106,15 +110,34 @@ def encode(
     if extra is None:
         extra = np.empty(0, EXTRA)
     slots = layout == "neoverse"
-    count, index, what = measure(records, extra, SIZE_OF, KIND_OF, align, slots)
-    if what:
-        record = f"Its 'present' is {Present(int(records[index]['present']))!r}." if index < len(records) else ""
-        raise PacketError(f"record {index} of {len(records)} cannot be encoded: {WRONG[what]}. {record}")
-    # A packet is written with eight bytes of payload whatever its size, so eight bytes behind the last must exist.
-    out = np.zeros(count + 8, np.uint8)
-    words: NDArray[Any] = np.ndarray(count + 1, "<u8", out, 0, (1,))
-    encode_into(out, words, records, extra, SIZE_OF, align, slots)
-    return out[:count].tobytes()
+    stream = io.BytesIO()
+    scratch = np.empty(0, np.uint8)
+    first_extra = np.searchsorted(extra["record_index"], np.arange(0, len(records) + 2 * _BLOCK, _BLOCK))
+    if len(extra) and (
+        extra["record_index"][-1] >= len(records) or (np.diff(extra["record_index"].astype(np.int64)) < 0).any()
+    ):
+        raise PacketError(
+            f"{len(extra)} further packets are not sorted by record, or name one beyond {len(records)} records. "
+            "Rule: 'record_index' rises, and is an index of 'records'."
+        )
+    # Block by block, so that a block is still in the cache when it is written after it was checked.
+    for number, begin in enumerate(range(0, len(records), _BLOCK)):
+        block = records[begin : begin + _BLOCK]
+        more = extra[first_extra[number] : first_extra[number + 1]]
+        at = stream.tell()
+        size, index, what = measure(block, more, begin, SIZE_OF, KIND_OF, at, align, slots)
+        if what:
+            present = Present(int(records[index]["present"]))
+            raise PacketError(
+                f"record {index} of {len(records)} cannot be encoded: {WRONG[what]}. Its 'present' is {present!r}."
+            )
+        # A packet is written with eight bytes of payload whatever its size, so eight bytes behind the last must exist.
+        if len(scratch) < size + 8:
+            scratch = np.empty(size + 8, np.uint8)
+        words: NDArray[Any] = np.ndarray(len(scratch) - 7, "<u8", scratch, 0, (1,))
+        encode_into(scratch, words, block, more, begin, SIZE_OF, at, align, slots)
+        stream.write(scratch[:size].data)
+    return stream.getvalue()
 
 
 def _resize(table: NDArray[Any], length: int) -> None:

@@ -125,17 +125,34 @@ def test_what_no_stream_can_hold_is_refused(fields: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("rows", "message"),
     [
-        ((0, 1, 0xB0, 0), "header"),
-        ((0, 1, 0x01, 0), "header"),
-        ((2**16, 1, 0x9B, 0), "header"),
-        ((0, 7, 0x9B, 0), "sorted"),
+        ([(0, 1, 0xB0, 0)], "header"),
+        ([(0, 1, 0x01, 0)], "header"),
+        ([(2**16, 1, 0x9B, 0)], "header"),
+        ([], "EXTRA bit"),
+        ([(0, 1, 0x9B, 0), (0, 0, 0x9B, 0)], "not sorted"),
+        ([(0, 1, 0x9B, 0), (0, 3, 0x9B, 0)], "beyond 3 records"),
     ],
 )
-def test_further_packets_that_are_none(row: tuple[int, ...], message: str) -> None:
+def test_further_packets_that_are_none(rows: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(PacketError, match=message):
-        encode(wrong(present=1 << 13 | 1 << 15), np.array([row], EXTRA))
+        encode(wrong(present=1 << 13 | 1 << 15), np.array(rows, EXTRA))
+
+
+def test_blocks_of_the_encoder_do_not_show() -> None:
+    """It works on 8,192 records at a time: alignment and further packets go on across the border."""
+    records = new_records(20_000)
+    records["present"], records["events_bytes"] = int(Present.EVENTS), 1
+    records["present"][::3] |= int(Present.EXTRA)
+    marked = np.arange(0, 20_000, 3)
+    extra = np.zeros(len(marked), EXTRA)
+    extra["record_index"], extra["header"], extra["value"] = marked, 0x9B, marked
+    for align in (1, 7, 64):
+        decoded, report = decode(encode(records, extra, align=align))
+        assert without_position(decoded).tobytes() == records.tobytes()
+        assert report.extra.tobytes() == extra.tobytes()
+        assert (decoded["offset"] % align == 0).all()
 
 
 def test_a_record_that_has_no_place_for_a_packet() -> None:
