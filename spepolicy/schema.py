@@ -15,7 +15,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_type_hints
 
-from spepolicy.machine.guestacts import Moment
+from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.scenario import PAGE_BYTES
 
 __all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
@@ -225,7 +225,9 @@ class GuestSettings:
         "mean time between perf sessions, each with new AUX pages behind the same VA", "1ms", MEAN, "renew_ps",
         "kvm.md 4.1 G2", zero="never",
     )  # fmt: skip
-    misbehaviour: dict[str, ActSettings] = field(default_factory=dict)
+    misbehaviour: dict[str, ActSettings] = field(
+        default_factory=lambda: {act.name.lower(): ActSettings() for act in GuestAct}
+    )
 
 
 @dataclass

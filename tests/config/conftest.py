@@ -25,7 +25,7 @@ def composed() -> Callable[..., dict[str, Any]]:
     """
 
     def build(*overrides: str) -> dict[str, Any]:
-        files = tuple(word for word in overrides if word.partition("=")[0].lstrip("+") in GROUPS)
+        files = tuple(word for word in overrides if word[0] == "+" or word.partition("=")[0] in GROUPS)
         cfg = copy.deepcopy(_compose(files))
         for override in OverridesParser.create().parse_overrides([word for word in overrides if word not in files]):
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)

@@ -47,7 +47,7 @@ def test_the_default_is_what_the_files_say(composed: Composed) -> None:
     ("target", "schemas", "special"),
     [
         (Cpu, [CpuSettings], set()),
-        (Guest, [GuestSettings, FilterSettings], {"type_filter", "event_filter"}),
+        (Guest, [GuestSettings, FilterSettings], {"type_filter", "event_filter", "acts"}),
         (Kvm, [KvmSettings], {"memlock_unlimited"}),
         (Costs, [CostSettings], set()),
     ],
