@@ -92,6 +92,11 @@ class Session:
         hydra_config = HydraConfig.get()
         _check_flags_given(cfg, hydra_config.overrides.task)
         config = _resolved(cfg)
+        if config.get("task") == "plugins":
+            from spepolicy.plugin_list import plugin_table
+
+            print(plugin_table(), flush=True)
+            return False
         plan = build_plan(config, Path(hydra_config.runtime.output_dir))
         from spepolicy.lab.run import execute
 

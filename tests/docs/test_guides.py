@@ -10,6 +10,7 @@ import pytest
 
 from spepolicy import batch
 from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
+from spepolicy.testing import CHECKS
 
 from .pages import ROOT
 
@@ -97,3 +98,9 @@ def test_the_tests_page_names_every_folder_of_tests() -> None:
     page = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     folders = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
     assert set(re.findall(r"`(\w+)/`", page)) == folders
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_every_check_of_the_kit_is_in_its_table(check: str) -> None:
+    summary = CHECKS[check].summary.rstrip(".")
+    assert f"| `{check}` | {summary[0].lower()}{summary[1:]} |" in GUIDE

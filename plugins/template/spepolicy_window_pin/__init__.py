@@ -1,0 +1,1 @@
+"""An spepolicy plugin: pin a window of the guest's SPE buffer."""
