@@ -72,6 +72,11 @@ def _quick_answer(arguments: list[str]) -> int | None:
         return _print_help(words)
     names = _policy_names(words)
     _check_words(words)
+    if words == ["task=plugins"]:
+        from spepolicy.plugin_list import plugin_table
+
+        print(plugin_table())
+        return 0
     if names is None and not _may_have_policy(arguments, words):
         from spepolicy.usage import policy_list
 
@@ -177,8 +182,7 @@ def _may_have_policy(arguments: list[str], words: list[str]) -> bool:
     """Whether something other than +policy=NAME can choose the policy, or none is needed."""
     keys = [word.partition("=")[0].lstrip("+") for word in words]
     from_preset = any(key == "experiment" or key.startswith("hydra.sweeper") for key in keys)
-    needs_none = not {"task=plugins"}.isdisjoint(words)
-    return from_preset or needs_none or not (_CONFIG_SOURCES | _SHOWS).isdisjoint(arguments)
+    return from_preset or not (_CONFIG_SOURCES | _SHOWS).isdisjoint(arguments)
 
 
 # ---- with Hydra ------------------------------------------------------------------------------------------------------
