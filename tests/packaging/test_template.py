@@ -28,7 +28,7 @@ def installed(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_its_policy_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    small = ["duration=20ms", "replicates=2", "tracking=none"]
+    small = ["duration=20ms", "replicates=2", "tracking=none", "guest.buffer_mapped=false"]
     output = checked(
         installed, "-m", "spepolicy", "+policy=window_pin", "policy.window_pages=8", *small, folder=tmp_path
     )
