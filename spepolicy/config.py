@@ -7,8 +7,10 @@ as plain containers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from spepolicy.machine.scenario import (
     OpType,
     Scenario,
     SessionMode,
+    Workload,
 )
 from spepolicy.schema import (
     EVENT_BITS,
@@ -51,6 +54,9 @@ __all__ = ["Options", "host_notes", "register", "to_options", "to_scenario"]
 GUEST_ACTS = {act.name.lower(): act for act in GuestAct}
 RANDOM_OPS = {op.name.lower(): op for op in HostOp if op is not HostOp.NONE}
 UNLIMITED = "unlimited"
+_PLUGINS = "hydra_plugins.spepolicy"  # Hydra accepts no other package; nothing of that name is on the disk
+SWEEPER: dict[str, Any] = {"_target_": f"{_PLUGINS}.LanesSweeper", "max_batch_size": None, "params": None}
+LAUNCHERS: dict[str, dict[str, Any]] = {"lanes": {"_target_": f"{_PLUGINS}.LanesLauncher"}}
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,16 @@ class Options:
 
 
 def register() -> None:
-    """Store the schema in Hydra's ConfigStore: `root` for config.yaml, `schema/host/KIND` for files of group host."""
+    """Store the schema in Hydra's ConfigStore: `root` for config.yaml, `schema/host/KIND` for files of group host, and
+    the settings of the sweeper and the launchers of `spepolicy.lab.sweep.launcher`.
+    """
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     store.store(name="root", node=Root, provider="spepolicy")
+    for name, launcher in LAUNCHERS.items():
+        store.store(group="hydra/launcher", name=name, node=launcher, provider="spepolicy")
+    store.store(group="hydra/sweeper", name="lanes", node=SWEEPER, provider="spepolicy")
     for kind, cls in HOST_KINDS.items():
         store.store(group="schema/host", name=kind, node=cls, provider="spepolicy")
 
@@ -81,15 +92,13 @@ def to_scenario(cfg: Any) -> Scenario:
     seed and duration. Raises `ConfigurationError` for a value with a wrong type, unit or range or that does not fit
     another, and `RecordingError` for a recording that cannot be read.
     """
-    from spepolicy.workload import build_workload
-
     config = plain(cfg)
     root = settings_of(Root)
     known_keys(config, {item.name: item for item in fields(Root)}, "")
     cpu = _cpu(group_at(config, "cpu"))
     guest = _guest(group_at(config, "guest"), cpu)
     return Scenario(
-        workload=build_workload(group_at(config, "workload"), where="workload", cycle_ps=cpu.cycle_ps),
+        workload=_workload(group_at(config, "workload"), cpu),
         duration_ps=checked(value_at(config, "duration"), root["duration"], "duration"),
         cpu=cpu,
         guest=guest,
@@ -142,6 +151,26 @@ def plain(cfg: Any) -> Mapping[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A description, compared by its text."""
+
+    text: str
+    values: Mapping[str, Any] = field(compare=False)
+
+
+def _workload(values: Mapping[str, Any], cpu: Cpu) -> Workload:
+    """Build the workload. Jobs of a sweep that describe the same one get the same object."""
+    return _built_workload(_Described(json.dumps(values, default=str), values), cpu.cycle_ps)
+
+
+@lru_cache(maxsize=64)
+def _built_workload(described: _Described, cycle_ps: int) -> Workload:
+    from spepolicy.workload import build_workload
+
+    return build_workload(described.values, where="workload", cycle_ps=cycle_ps)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -298,9 +327,8 @@ def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int
 
 
 def _recording(path: str, guest: Guest) -> Any:
-    from spepolicy.recording import open_recording
-
-    recording = open_recording(path if "/" not in path else str(Path(path).expanduser()))
+    file = Path(path).expanduser()
+    recording = _opened(path if "/" not in path else str(file), file.stat().st_mtime_ns if file.exists() else 0)
     if recording.ram_pages > guest.ram_pages:
         needed = 1 << (recording.ram_pages - 1).bit_length()
         raise ConfigurationError(
@@ -308,3 +336,11 @@ def _recording(path: str, guest: Guest) -> Any:
             f"this one. Set guest.memory={format_size(needed * PAGE_BYTES)} or more, or choose another host."
         )
     return recording
+
+
+@lru_cache(maxsize=16)
+def _opened(path: str, changed_ns: int) -> Any:
+    """Open a recording once, unless its file has changed since."""
+    from spepolicy.recording import open_recording
+
+    return open_recording(path)

@@ -19,7 +19,9 @@ __all__ = [
     "PluginError",
     "RecordingError",
     "SpePolicyError",
+    "StoreError",
     "UnknownPolicyError",
+    "WorkerError",
     "nearest",
 ]
 
@@ -66,6 +68,14 @@ class CaptureError(SpePolicyError, ValueError):
 
 class OutputError(SpePolicyError, OSError):
     """A result cannot be written where the configuration says."""
+
+
+class WorkerError(SpePolicyError, RuntimeError):
+    """A worker of a sweep died, or is not fit for it."""
+
+
+class StoreError(OutputError):
+    """A sweep's store is in use, damaged, or not a store of this version."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

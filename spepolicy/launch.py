@@ -7,6 +7,7 @@ Hydra asks for. Errors of a job are reported when they happen, so one bad point 
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -31,7 +32,7 @@ from spepolicy.schema import MISSING
 if TYPE_CHECKING:
     from spepolicy.lab.run import Plan
 
-__all__ = ["Session", "build_plan", "register_policies"]
+__all__ = ["Session", "build_plan", "check_flags_given", "register_policies"]
 
 BASELINE = "bare_metal"  # excess blackout is measured against it, so it always runs
 
@@ -61,6 +62,13 @@ class Session:
         _check_flags(arguments)
         register()
         register_policies()
+        if not {"-m", "--multirun"}.isdisjoint(arguments) or any("experiment" in word for word in arguments):
+            from hydra.core.plugins import Plugins
+
+            Plugins.instance()  # scans, and thereby makes the classes that ours inherit from anew
+            from spepolicy.lab.sweep.launcher import register_plugins
+
+            register_plugins()
         run = hydra.main(version_base="1.3", config_path="pkg://spepolicy_conf", config_name="config")(self.job)
         try:
             run()
@@ -88,9 +96,10 @@ class Session:
 
     def _run(self, cfg: Any) -> bool:
         from hydra.core.hydra_config import HydraConfig
+        from hydra.core.override_parser.overrides_parser import OverridesParser
 
         hydra_config = HydraConfig.get()
-        _check_flags_given(cfg, hydra_config.overrides.task)
+        check_flags_given(cfg, OverridesParser.create().parse_overrides(list(hydra_config.overrides.task)))
         config = _resolved(cfg)
         if config.get("task") == "plugins":
             from spepolicy.plugin_list import plugin_table
@@ -104,6 +113,40 @@ class Session:
         report = execute(plan, say)
         say(report.summary())
         return bool(report.interrupted)
+
+    def sweep(
+        self, launcher: Any, loader: Any, master: Any, job_overrides: Sequence[Sequence[str]], first_number: int
+    ) -> None:
+        """Run all jobs of a sweep as one batch. *launcher*: says on what engine; *loader*, *master*: Hydra's."""
+        from spepolicy.lab.sweep.compose import Composer
+        from spepolicy.lab.sweep.jobs import make_jobs
+        from spepolicy.lab.sweep.run import execute_sweep, plan_sweep
+
+        self.in_job = True
+        begin = time.perf_counter()
+        jobs, failures = make_jobs(Composer(loader, master), job_overrides, first_number)
+        for failure in failures:
+            self._fail(failure.message())
+        if jobs:
+            plan = plan_sweep(jobs, failures, Path(master.hydra.sweep.dir))
+            say = partial(print, flush=True)
+            engine = launcher.engine(jobs[0].config)
+            try:
+                summary = execute_sweep(plan, engine, say, time.perf_counter() - begin)
+            finally:
+                engine.close()
+            for failure in summary.failures[len(failures) :]:
+                self._fail(failure.message())
+            say(summary.text())
+            if summary.tracking_error:
+                self._fail(summary.tracking_error)
+            if summary.interrupted:
+                raise KeyboardInterrupt
+        self.in_job = False
+
+    def _fail(self, message: str) -> None:
+        self.failed += 1
+        print(f"error: {message}", file=sys.stderr)
 
     def _report(self, error: SpePolicyError) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -129,11 +172,11 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
     from spepolicy.lab.tracking import TrackingSettings
 
     options = to_options(config)
-    name, policy_fields = _chosen(config)
+    name, policy_fields = chosen_policy(config)
     policies = {name: build_policy(name, policy_fields)}
     for baseline in dict.fromkeys((BASELINE, *options.baselines)):
         if baseline not in policies:
-            policies[baseline] = _baseline(baseline)
+            policies[baseline] = baseline_policy(baseline)
     scenario = to_scenario(config)
     return Plan(
         chosen=name,
@@ -176,7 +219,8 @@ def _schema(info: PolicyInfo) -> type:
     return make_dataclass(info.cls.__name__, columns, kw_only=True)
 
 
-def _chosen(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def chosen_policy(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the policy that a composed *config* chooses, and its fields."""
     policy = config.get("policy", MISSING)
     if policy == MISSING or policy is None:
         raise ConfigurationError(
@@ -191,7 +235,8 @@ def _chosen(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(policy[HIDDEN]), given
 
 
-def _baseline(name: str) -> object:
+def baseline_policy(name: str) -> object:
+    """Return an instance of the policy *name* with its default fields."""
     try:
         return build_policy(name, {})
     except UnknownPolicyError as error:
@@ -212,12 +257,14 @@ def _resolved(cfg: Any) -> Mapping[str, Any]:
         raise ConfigurationError(explain(error)) from error
 
 
-def _check_flags_given(cfg: Any, overrides: Sequence[str]) -> None:
-    """Reject a number for a true-or-false setting on the command line: OmegaConf would take any but 0 for true."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def check_flags_given(cfg: Any, overrides: Sequence[Any]) -> None:
+    """Reject a number for a true-or-false setting on the command line: OmegaConf would take any but 0 for true.
+
+    *overrides*: Hydra's parsed overrides, which have been applied to *cfg*.
+    """
     from omegaconf import BooleanNode, Container, OmegaConf
 
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in overrides:
         key = override.key_or_group
         parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
         given = override.value()

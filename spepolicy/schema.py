@@ -331,6 +331,17 @@ class OutputSettings:
 
 
 @dataclass
+class SweepSettings:
+    """How a sweep (-m) runs. Of a sweep all jobs have the same."""
+
+    store: str | None = _text("folder that collects a row a lane; null: the folder 'store' in output.dir", None)
+    resume: bool = _flag("take rows that the store already has instead of computing them again", "", "")
+    processes: int | None = _field(
+        Setting("processes that share the lanes; null: threads of one process", Kind.COUNT, 1, 1024), None
+    )
+
+
+@dataclass
 class Root:
     """The whole configuration of a run. A group is a field whose value comes from a file in the folder of that name."""
 
@@ -344,6 +355,7 @@ class Root:
         Setting("threads that share the lanes; null: one per processor", Kind.COUNT, 1, 1024), None
     )
     output: OutputSettings = field(default_factory=OutputSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     guest: GuestSettings = field(default_factory=GuestSettings)
     workload: Any = MISSING
     host: Any = MISSING

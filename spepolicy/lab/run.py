@@ -185,8 +185,8 @@ def _judge(plan: Plan, results: Mapping[str, Result], notes: list[str]) -> dict[
             virtualized=manager.hook.virtualization() is not False,
             hooks=[caller.name for caller in manager.get_hookcallers(plan.policies[name]) or ()],
         )
-        documented = _errata_from(manager, "errata", notes)
-        observed = _errata_from(manager, "report_errata", notes, findings=findings)
+        documented = errata_from(manager, "errata", notes)
+        observed = errata_from(manager, "report_errata", notes, findings=findings)
         verdicts[name] = Verdict(
             policy=name,
             role=CHOSEN if name == plan.chosen else BASELINE,
@@ -199,7 +199,7 @@ def _judge(plan: Plan, results: Mapping[str, Result], notes: list[str]) -> dict[
     return verdicts
 
 
-def _errata_from(manager: Any, hook: str, notes: list[str], **arguments: Any) -> list[Erratum]:
+def errata_from(manager: Any, hook: str, notes: list[str], **arguments: Any) -> list[Erratum]:
     """Call *hook* plugin by plugin, so that one that raises loses its own errata only."""
     errata: list[Erratum] = []
     for label, answer in _each_plugin(manager, hook, notes, **arguments):

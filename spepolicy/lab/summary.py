@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spepolicy.judge.metrics import Measured
     from spepolicy.lab.run import Report
 
-__all__ = ["WIDTH", "summarize"]
+__all__ = ["WIDTH", "number_text", "summarize"]
 
 WIDTH = 110
 TOP_CAUSES = 4
@@ -109,10 +109,10 @@ def _cell(measured: Measured, metric: str) -> str:
     if metric not in measured.values:
         return "-"
     mean, half = measured.values[metric], measured.ci95.get(metric, 0.0)
-    return f"{_number(mean)} +- {_number(half, 2)}" if half else _number(mean)
+    return f"{number_text(mean)} +- {number_text(half, 2)}" if half else number_text(mean)
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number_text(value: float, digits: int = 3) -> str:
     """Return *value* with at least *digits* significant digits, without an exponent unless it is very small."""
     if value == 0:
         return "0"

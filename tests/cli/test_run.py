@@ -14,6 +14,7 @@ from spepolicy.errors import OutputError
 from spepolicy.machine.scenario import HostKind, Scenario
 
 Run = Callable[..., Any]
+ONE_BY_ONE = ("-m", "hydra/launcher=basic")  # a run a job, each of its own, as Hydra does it
 STRANGER = '''
 from dataclasses import dataclass, field
 from enum import Enum
@@ -110,7 +111,7 @@ def test_two_runs_in_one_second_do_not_share_a_folder(run: Run, laboratory: Any)
 
 
 def test_a_sweep_runs_every_combination_in_folders_of_their_own(run: Run, laboratory: Any) -> None:
-    answer = run("-m", "+policy=eager_pin,pin_on_fault", "seed=1,2", "host=silent")
+    answer = run(*ONE_BY_ONE, "+policy=eager_pin,pin_on_fault", "seed=1,2", "host=silent")
     assert answer.status == 0
     points = [(plan.chosen, plan.scenario.seed) for plan in laboratory.plans]
     assert points == [("eager_pin", 1), ("eager_pin", 2), ("pin_on_fault", 1), ("pin_on_fault", 2)]
@@ -119,12 +120,12 @@ def test_a_sweep_runs_every_combination_in_folders_of_their_own(run: Run, labora
 
 
 def test_policies_can_be_swept_by_pattern(run: Run, laboratory: Any) -> None:
-    assert run("-m", "+policy=glob(pin_*)", "host=silent").status == 0
+    assert run(*ONE_BY_ONE, "+policy=glob(pin_*)", "host=silent").status == 0
     assert [plan.chosen for plan in laboratory.plans] == ["pin_on_fault", "pin_vm"]
 
 
 def test_a_wrong_point_of_a_sweep_is_told_and_the_others_run(run: Run, laboratory: Any) -> None:
-    answer = run("-m", "+policy=eager_pin", "guest.buffer=1MiB,1MB,2MiB,2MB", "host=silent")
+    answer = run(*ONE_BY_ONE, "+policy=eager_pin", "guest.buffer=1MiB,1MB,2MiB,2MB", "host=silent")
     assert answer.status == 2
     assert [plan.config["guest"]["buffer"] for plan in laboratory.plans] == ["1MiB", "2MiB"]
     errors = answer.err.splitlines()
@@ -135,14 +136,14 @@ def test_a_wrong_point_of_a_sweep_is_told_and_the_others_run(run: Run, laborator
 
 def test_a_failing_run_does_not_end_a_sweep(run: Run, laboratory: Any) -> None:
     laboratory.answer = OutputError("no space left. Free some.")
-    answer = run("-m", "+policy=eager_pin", "seed=1,2", "host=silent")
+    answer = run(*ONE_BY_ONE, "+policy=eager_pin", "seed=1,2", "host=silent")
     assert answer.status == 2
     assert len(laboratory.plans) == 2
     assert answer.err.count("no space left") == 2
 
 
 def test_the_first_look_sweeps_over_the_policies_of_2022(run: Run, laboratory: Any) -> None:
-    assert run("+experiment=first_look", "host=silent").status == 0
+    assert run("+experiment=first_look", "host=silent", ONE_BY_ONE[1]).status == 0
     chosen = [plan.chosen for plan in laboratory.plans]
     assert chosen == ["map_on_fault", "eager_pin", "pin_on_fault", "synthetic_fault"]
     assert {plan.replicates for plan in laboratory.plans} == {16}
@@ -150,7 +151,7 @@ def test_the_first_look_sweeps_over_the_policies_of_2022(run: Run, laboratory: A
 
 
 def test_the_command_line_narrows_a_preset(run: Run, laboratory: Any) -> None:
-    assert run("+experiment=el0_only", "+policy=pin_on_fault", "host=silent", "replicates=2").status == 0
+    assert run("+experiment=el0_only", "+policy=pin_on_fault", "host=silent", "replicates=2", ONE_BY_ONE[1]).status == 0
     (plan,) = laboratory.plans
     assert (plan.chosen, plan.replicates) == ("pin_on_fault", 2)
     assert (plan.scenario.guest.profile_user, plan.scenario.guest.profile_kernel) == (True, False)
@@ -202,7 +203,7 @@ def test_an_interrupted_run_prints_what_finished_and_ends_with_130(run: Run, lab
 
 def test_an_interruption_ends_a_sweep(run: Run, laboratory: Any) -> None:
     laboratory.answer = KeyboardInterrupt()
-    answer = run("-m", "+policy=eager_pin", "seed=1,2,3", "host=silent")
+    answer = run(*ONE_BY_ONE, "+policy=eager_pin", "seed=1,2,3", "host=silent")
     assert answer.status == 130
     assert len(laboratory.plans) == 1
 

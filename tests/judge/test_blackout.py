@@ -13,6 +13,7 @@ from spepolicy.judge.blackout import (
     blackout_fraction,
     blackout_series,
     excess_blackout,
+    lane_series,
     mean_interval_ops,
     missed_samples,
     window_lengths,
@@ -116,3 +117,13 @@ def test_windows_follow_their_lanes() -> None:
 def test_lanes_that_did_not_finish_are_left_out() -> None:
     result = replace(eventful_result(), finished=np.array([False, True, False, True]))
     assert finished_lanes(result).replicates.tolist() == [1, 3]
+
+
+def test_the_series_of_lanes_is_the_series_of_each() -> None:
+    """Laid end to end or lane by lane, and within the guest time."""
+    result = eventful_result("sample", tuple(range(4)), 100)
+    whole = lane_series(result, 20)
+    assert whole.any()
+    for lane in range(4):
+        alone = blackout_series(take_lanes(result, np.array([lane])), 20).ms_per_s.sum(axis=1)
+        assert whole[lane] == pytest.approx(alone)

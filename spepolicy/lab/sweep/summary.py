@@ -1,0 +1,85 @@
+"""A sweep's summary on the terminal: a row a configuration, what failed, and where everything is.
+
+Plain ASCII, at most 110 columns where names allow it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from spepolicy.lab.summary import WIDTH, number_text
+from spepolicy.lab.tracking import without_password
+
+if TYPE_CHECKING:
+    from spepolicy.lab.sweep.collect import Outcome
+    from spepolicy.lab.sweep.run import SweepSummary
+
+__all__ = ["HEADLINES", "summarize"]
+
+MOST_ROWS = 40
+HEADLINES = {  # the columns of every overview: metric -> heading
+    "excess_blackout_pct": "excess blackout %",
+    "unseen_samples_pct": "unseen %",
+    "stolen_pct": "stolen %",
+    "pinned_peak_MiB": "pinned MiB",
+    "stage2_faults_per_s": "faults/s",
+}
+
+
+def summarize(summary: SweepSummary) -> str:
+    """Return the text of the summary."""
+    lines = [_title(summary), ""]
+    if summary.outcomes:
+        lines += [*_table(summary), ""]
+    for note in summary.notes:
+        lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
+    return "\n".join([*lines, *_places(summary)])
+
+
+def _title(summary: SweepSummary) -> str:
+    chosen = [o for o in summary.outcomes.values() if o.configuration.role == "chosen"]
+    lanes = sum(len(outcome.seed) for outcome in summary.outcomes.values())
+    stored = lanes - summary.computed
+    text = (
+        f"{len(chosen):,} configurations, {lanes:,} lanes"
+        + (f" ({stored:,} of them from the store)" if stored > 0 else "")
+        + f" in {summary.seconds:.1f} s: {summary.compose_s:.1f} s composing, {summary.simulate_s:.1f} s simulating"
+    )
+    if summary.interrupted:
+        text += f"\nINTERRUPTED: {summary.lanes - lanes:,} lanes are missing. Go on with sweep.resume=true."
+    if summary.failures:
+        text += f"\n{len(summary.failures):,} jobs failed, see above."
+    return text
+
+
+def _table(summary: SweepSummary) -> list[str]:
+    outcomes = list(summary.outcomes.values())
+    shown = outcomes[:MOST_ROWS]
+    width = max(len("mean +- 95 %"), *(len(outcome.label()) for outcome in shown)) + 2
+    columns = {name: [heading, *(_cell(outcome, name) for outcome in shown)] for name, heading in HEADLINES.items()}
+    widths = {name: max(map(len, cells)) + 2 for name, cells in columns.items()}
+    rows = []
+    for row, label in enumerate(["mean +- 95 %", *(outcome.label() for outcome in shown)]):
+        rows.append(label.ljust(width) + "".join(columns[name][row].rjust(widths[name]) for name in HEADLINES))
+    rows.insert(1, "-" * len(rows[0]))
+    if len(outcomes) > len(shown):
+        rows.append(f"... and {len(outcomes) - len(shown):,} more in configurations.csv")
+    return [row.rstrip() for row in rows]
+
+
+def _cell(outcome: Outcome, metric: str) -> str:
+    if metric not in outcome.values:
+        return "-"
+    mean, half = outcome.values[metric], outcome.ci95.get(metric, 0.0)
+    return f"{number_text(mean)} +- {number_text(half, 2)}" if half else number_text(mean)
+
+
+def _places(summary: SweepSummary) -> list[str]:
+    lines = [f"files: {summary.plan.folder}", f"       {', '.join(summary.files)}"]
+    lines.append(f"rows:  pandas.read_parquet({str(summary.plan.store)!r})")
+    if summary.tracked is not None:
+        command = summary.tracked.ui_command()
+        lines.append(f"mlflow: {command or without_password(summary.tracked.uri)}")
+        lines.append(f"        {summary.tracked.link()}")
+    return lines
