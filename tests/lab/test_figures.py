@@ -40,8 +40,8 @@ def test_blackout_is_drawn_when_it_happens_in_its_causes_colour(tmp_path: Path) 
 
 
 def test_no_blackout_and_many_policies_can_be_drawn(tmp_path: Path) -> None:
-    nothing = BlackoutSeries(np.linspace(0, 1, 11), np.zeros((10, 8)))
-    everything = BlackoutSeries(np.linspace(0, 1, 11), np.full((10, 8), 100.0))
+    nothing = BlackoutSeries(np.linspace(0, 1, 11), np.zeros((10, len(CAUSES))))
+    everything = BlackoutSeries(np.linspace(0, 1, 11), np.full((10, len(CAUSES)), 100.0))
     draw_blackout(tmp_path / "none.png", {"a": nothing}, "title")
     draw_blackout(tmp_path / "all.png", {"a": nothing, "b": everything, "c": everything}, "title")
     for colour in CAUSE_COLOURS.values():
@@ -50,7 +50,7 @@ def test_no_blackout_and_many_policies_can_be_drawn(tmp_path: Path) -> None:
 
 
 def test_the_same_series_gives_the_same_bytes(tmp_path: Path) -> None:
-    series = {"a": BlackoutSeries(np.linspace(0, 1, 11), np.full((10, 8), 1.0))}
+    series = {"a": BlackoutSeries(np.linspace(0, 1, 11), np.full((10, len(CAUSES)), 1.0))}
     draw_blackout(tmp_path / "1.png", series, "title")
     draw_blackout(tmp_path / "2.png", series, "title")
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
