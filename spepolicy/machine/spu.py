@@ -234,7 +234,8 @@ def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_p
     lost(m, i, k)[cause] += 1
     tr.fault_loss_cause = cause
     stop(par, v, syndrome, at_ps, cause)
-    log_at(m, i, k, at_ps, LOST, cause, address, ZERO)
+    page = (walk_row(m, i).address >> 12) - par.ram_page0 + 1 if status & STAGE2 != 0 else ZERO
+    log_at(m, i, k, at_ps, LOST, cause, address, page)
     log_at(m, i, k, at_ps, STOPPED, cause, v.pmbsr, v.pmbptr)
     if status & STAGE2 != 0 and tr.stage2_faults == 1:
         tr.first_fault_ps = at_ps + v.host_ps

@@ -299,6 +299,7 @@ def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
         vm.startup_ps += cost
         vm.pin_calls += done
         _account_pins(vm, done, 0)
+        log(m, i, ZERO, PINNED, ZERO, done, ZERO)
         if done < par.ram_pages:
             result[n] = PIN_NO_PAGE
     return result
@@ -318,6 +319,7 @@ def unpin_all(m: Machine, lanes: Ints) -> None:
             v = vcpu_row(m, i, k)
             v.pin_count = 0
             end = max(end, v.now_ps + v.host_ps)
+        log(m, i, ZERO, UNPINNED, ZERO, vm.pinned_pages, ZERO)
         _account_pins(vm, -vm.pinned_pages, end)
 
 

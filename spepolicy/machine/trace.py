@@ -49,7 +49,7 @@ class LogKind(IntEnum):
     COLLIDED = 2  # a selection was dropped, for another operation is in flight
     FILTERED = 3  # the operation in flight is done, and a filter rejected it
     WRITTEN = 4  # it is done, its record is in the buffer - bytes; VA of the first; latencies: see `latencies`
-    LOST = 5  # it is done, its record could not be written - LostCause; PMBPTR_EL1
+    LOST = 5  # it is done, its record could not be written - LostCause; PMBPTR_EL1; stage 2: guest page + 1
     STOPPED = 6  # buffer management event - LostCause; PMBSR_EL1; PMBPTR_EL1
     PROFILING = 7  # profiling becomes enabled or disabled at the current EL - 1 or 0
     # what executes
