@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spepolicy.batch import Vcpus, Vms
-from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
+from spepolicy.hookspecs import Cause, Event, Trap, hookimpl
 
 from .pin_on_fault import pin_buffer_and_resume
+from .pinning import CLAIMS_DOC, TABLES_DOC, claim
 
 
 @dataclass
@@ -18,13 +19,13 @@ class SyntheticFault:
     guest goes on: walk, pin, map, unpin the previous buffer. (2) Real stage 2 faults go to the same handler. (3) An
     EL0-only session keeps the hardware's first fault.
     Source: kvm.md P6; O. Upton 2 and 9 Aug 2022, "if folks complain about EL1 profile blackout".
+    Needs: a software walk of stage 1.
     Costs: those of pin_on_fault plus a trap per PMS* access, and a walk and pin at each enabling write.
     Fails: as pin_on_fault; pinning does not stop the notifiers, but a fault with DL=0 is repaired.
     """
 
-    pin_stage1_tables: bool = field(
-        default=True, metadata=doc("also pin the guest's stage 1 tables on the way to the buffer")
-    )
+    pin_stage1_tables: bool = field(default=True, metadata=TABLES_DOC)
+    claims: str = field(default="assume", metadata=CLAIMS_DOC)
 
     @hookimpl
     def traps(self) -> Trap:
@@ -40,6 +41,6 @@ class SyntheticFault:
 
     @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:
-        faults.claim(Cause.NOT_PINNED)
+        claim(faults, self.claims, Cause.NOT_PINNED)
         pin_buffer_and_resume(faults.where(~faults.data_loss), self.pin_stage1_tables)
         faults.where(faults.data_loss).inject(Event.IMPDEF, data_loss=True)

@@ -139,6 +139,17 @@ class Vcpus:
         return self.pmblimitr & ~np.uint64(0xFFF)
 
     @property
+    def announced_lo(self) -> Addresses:
+        """First page of the AUX ring that a paravirtual guest announced, uint64[n] (hook `buffer_announced`)."""
+        return self._register("buffer_va")
+
+    @property
+    def announced_hi(self) -> Addresses:
+        """End of the AUX ring that a paravirtual guest announced, uint64[n]."""
+        size: Addresses = (_kit(self._ticket).parameter("buffer_pages", self._lanes) << 12).astype(np.uint64)
+        return self.announced_lo + size
+
+    @property
     def fault_status(self) -> Ints:
         """PMBSR_EL1.FSC, int64[n]: kind and level of the fault (spe.md 1.8)."""
         return (self.pmbsr & np.uint64(0x3F)).astype(np.int64)
@@ -155,6 +166,16 @@ class Vcpus:
         return self._register("pin_count").astype(np.int64)
 
     @property
+    def pinned_lo(self) -> Addresses:
+        """First virtual address of the range that the current set was pinned for, uint64[n]."""
+        return self._register("pin_lo")
+
+    @property
+    def pinned_hi(self) -> Addresses:
+        """End of the range that the current set was pinned for, uint64[n]."""
+        return self._register("pin_hi")
+
+    @property
     def state(self) -> State:
         """The policy's own memory (see `State`)."""
         return State(self._rows, self._lanes, self._vcpus)
@@ -168,21 +189,99 @@ class Vcpus:
 
     # ---- tools ------------------------------------------------------------------------------------------------------
 
-    def walk_stage1(self, lo: ArrayLike, hi: ArrayLike, *, pin_tables: bool = False) -> WalkResult:
+    def walk_stage1(
+        self, lo: ArrayLike, hi: ArrayLike, *, pin_tables: bool = False, one_range: bool = False
+    ) -> WalkResult:
         """Walk the guest's stage 1 tables in software for the pages of [lo, hi), uint64[n] virtual addresses.
 
         Costs a descriptor read a page and three more a table. With *pin_tables* the tables on the way join the pages.
+        With *one_range* the list ends where IPAs stop being contiguous.
         """
         low = _per_vcpu(lo, len(self), "walk_stage1(lo)", "integer").astype(np.uint64).view(np.int64)
         high = _per_vcpu(hi, len(self), "walk_stage1(hi)", "integer").astype(np.uint64).view(np.int64)
         if not len(self):
             return WalkResult(self, _NOTHING)
-        return WalkResult(self, _kit(self._ticket).walk_stage1(self._lanes, self._vcpus, low, high, pin_tables))
+        kit = _kit(self._ticket)
+        return WalkResult(self, kit.walk_stage1(self._lanes, self._vcpus, low, high, pin_tables, one_range))
+
+    def look(self) -> Evidence:
+        """Find out what KVM can know of the page behind a fault: one software walk of the faulting address, checked
+        against stage 2, the list of pinned pages and the notes of KVM's notifier handler.
+        """
+        if not len(self):
+            return Evidence(_NOTHING)
+        return Evidence(_kit(self._ticket).look(self._lanes, self._vcpus))
 
     def unpin(self) -> None:
         """Unpin the pages that are pinned for these vCPUs. Their stage 2 entries stay until somebody removes them."""
         if len(self):
             _kit(self._ticket).unpin_current(self._lanes, self._vcpus)
+
+    def release_idle_pins(self) -> Ints:
+        """Unpin the sets of the same VM's other vCPUs whose buffer is disabled. Return int64[n], pages released.
+
+        Those vCPUs find `pinned_pages` 0 when their buffer is enabled next.
+        """
+        if not len(self):
+            return _NOTHING
+        return _kit(self._ticket).release_idle(self._lanes, self._vcpus)  # type: ignore[no-any-return]
+
+    def trap_eret(self, armed: bool) -> None:
+        """Arm or disarm HFGITR_EL2.ERET: every return of these vCPUs to EL0 then calls `eret`. Needs FEAT_FGT."""
+        kit = _kit(self._ticket)
+        if armed and not kit.parameter("fine_grained_traps", self._lanes).all():
+            raise HookError(
+                "trap_eret(True) on a machine without FEAT_FGT. Rule: HFGITR_EL2 is part of FEAT_FGT. Remedy: say so "
+                "in supports(), or set cpu.fine_grained_traps=true."
+            )
+        if len(self):
+            kit.trap_eret(self._lanes, self._vcpus, bool(armed))
+
+    def set_timer(self, delay_ns: ArrayLike | None) -> None:
+        """Let `timer` be called once, *delay_ns* (int64[n] or integer, 0..2**41) of host time from now. None: never."""
+        delay = _per_vcpu(-1 if delay_ns is None else delay_ns, len(self), "set_timer(delay_ns)", "integer")
+        if not len(self):
+            return
+        delay = delay.astype(np.int64)
+        if delay_ns is not None and (delay.min() < 0 or delay.max() > 1 << 41):
+            raise HookError(f"set_timer() was given {delay.min()}..{delay.max()}. Rule: 0..2**41 ns, or None.")
+        _kit(self._ticket).set_timer(self._lanes, self._vcpus, delay * (1 if delay_ns is None else 1000))
+
+    def exit_to_vmm(self) -> None:
+        """Return to the VMM, which does something about it and runs the vCPU again; costs `costs.vmm_exit`."""
+        if len(self):
+            _kit(self._ticket).exit_to_vmm(self._lanes, self._vcpus)
+
+    def start_own_buffer(self, pages: int) -> None:
+        """Let the SPU write to a buffer of KVM's, of 1..65536 pages a vCPU, as far as the guest's has room.
+
+        `Ownership.KVM` only.
+        """
+        kit = _owned(self, "start_own_buffer()")
+        if isinstance(pages, bool) or not isinstance(pages, int) or not 1 <= pages <= 65536:
+            raise HookError(f"start_own_buffer() was given {pages!r}. Rule: 1..65536 pages of 4 KiB.")
+        if len(self):
+            kit.start_own_buffer(self._lanes, self._vcpus, pages)
+
+    def copy_out(self) -> CopyResult:
+        """Stop KVM's buffer and copy its records to the guest's, through the guest's stage 1; PMBPTR_EL1 as the guest
+        reads it moves along. Costs `costs.walk_read` and `costs.copy_out_page` a page. `Ownership.KVM` only.
+        """
+        kit = _owned(self, "copy_out()")
+        return CopyResult(self, kit.copy_out(self._lanes, self._vcpus, False) if len(self) else _NOTHING)
+
+    def defer_copy(self) -> CopyResult:
+        """As `copy_out`, but take the guest's pages away at stage 2 and copy each when the guest's CPU reads it.
+
+        Costs `costs.map_page` a page now; later `costs.cpu_fault` and `costs.copy_out_page` for a page that is read.
+        """
+        kit = _owned(self, "defer_copy()")
+        return CopyResult(self, kit.copy_out(self._lanes, self._vcpus, True) if len(self) else _NOTHING)
+
+    def report_collision(self) -> None:
+        """Set PMBSR_EL1.COLL as the guest will read it: samples were dropped."""
+        if len(self):
+            _kit(self._ticket).report_collision(self._lanes, self._vcpus)
 
     def inject(self, event: Event, *, data_loss: bool = False) -> None:
         """Stop the SPU if it is not stopped, show *event* in PMBSR_EL1, with DL if *data_loss*, and raise PMBIRQ."""
@@ -220,6 +319,58 @@ def _with_status(batch: Vcpus, status: Ints, wanted: int, kind: type[Vcpus]) -> 
     return kind(batch._ticket, batch._lanes[chosen], batch._vcpus[chosen], batch._rows)
 
 
+def _owned(batch: Vcpus, tool: str) -> Any:
+    kit = _kit(batch._ticket)
+    if not kit.parameter("own_buffer", batch._lanes).all():
+        raise HookError(
+            f"{tool} while the guest owns the buffer. Rule: it is for policies whose hook ownership() returns "
+            "Ownership.KVM. Remedy: return that."
+        )
+    return kit
+
+
+class Evidence:
+    """What KVM can know of the page behind a fault: bool[n] each."""
+
+    __slots__ = ("in_range", "listed", "missing", "notified", "table")
+
+    def __init__(self, bits: Ints) -> None:
+        self.missing = (bits & 1) != 0  # stage 2 does not map some page of the walk; False: it is mapped again by now
+        self.table = (bits & 2) != 0  # that page is a stage 1 table
+        self.listed = (bits & 4) != 0  # KVM has it in its list of pinned pages
+        self.notified = (bits & 8) != 0  # KVM's notifier handler unmapped it
+        self.in_range = (bits & 16) != 0  # the faulting address is in the range that KVM pinned
+
+
+class CopyResult:
+    """Outcome of copying KVM's buffer to the guest's: four batches."""
+
+    __slots__ = ("_batch", "status")
+
+    def __init__(self, batch: Vcpus, status: Ints) -> None:
+        self._batch, self.status = batch, status
+
+    @property
+    def room(self) -> Vcpus:
+        """The vCPUs whose guest's buffer has room for more records."""
+        return _with_status(self._batch, self.status, 0, Vcpus)  # type: ignore[no-any-return]
+
+    @property
+    def full(self) -> Vcpus:
+        """The vCPUs whose guest's buffer is full now: real hardware would have raised a buffer full event."""
+        return _with_status(self._batch, self.status, 1, Vcpus)  # type: ignore[no-any-return]
+
+    @property
+    def unmapped(self) -> Vcpus:
+        """The vCPUs whose guest has not mapped all of what was to be written; the records are lost."""
+        return _with_status(self._batch, self.status, 2, Vcpus)  # type: ignore[no-any-return]
+
+    @property
+    def no_page(self) -> Vcpus:
+        """The vCPUs whose VMM has no memory behind a page of the buffer; the records are lost."""
+        return _with_status(self._batch, self.status, 3, Vcpus)  # type: ignore[no-any-return]
+
+
 class WalkResult:
     """Outcome of a walk: `ok` and `failed` are batches; `status` is int64[n], 0 or the stage 1 fault status of the
     first bad page.
@@ -246,13 +397,13 @@ class WalkedVcpus(Vcpus):
 
     __slots__ = ()
 
-    def pin(self) -> PinResult:
+    def pin(self, *, ignore_limit: bool = False) -> PinResult:
         """Pin these pages (FOLL_WRITE | FOLL_LONGTERM) and map them at stage 2. Costs per page; may hit the memlock
-        limit.
+        limit, unless *ignore_limit* says that the VMM has raised it for this.
         """
         if not len(self):
             return PinResult(self, _NOTHING)
-        return PinResult(self, _kit(self._ticket).pin_fresh(self._lanes, self._vcpus))
+        return PinResult(self, _kit(self._ticket).pin_fresh(self._lanes, self._vcpus, bool(ignore_limit)))
 
     def map(self) -> NDArray[np.bool_]:
         """Map these pages at stage 2 as an ordinary fault does, without a pin. Return bool[n]: it worked."""
@@ -295,6 +446,11 @@ class PinnedVcpus(Vcpus):
         if len(self):
             _kit(self._ticket).unpin_previous(self._lanes, self._vcpus)
 
+    def keep_previous(self) -> None:
+        """Add the fresh pages to the current set instead: a cache grows. A set that cannot hold them is dropped."""
+        if len(self):
+            _kit(self._ticket).keep_previous(self._lanes, self._vcpus)
+
 
 class Vms:
     """A batch of n VMs."""
@@ -313,6 +469,18 @@ class Vms:
         *ignore_limit* stands for a VMM with CAP_IPC_LOCK, or one whose limit was raised to the size of the VM.
         """
         return _kit(self._ticket).pin_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
+
+    def mlock_all(self, *, ignore_limit: bool = False) -> Ints:
+        """The VMM mlock()s all memory of each VM. Return int64[n] as `pin_all`. Nothing is mapped at stage 2."""
+        return _kit(self._ticket).mlock_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
+
+    def map_all(self) -> Ints:
+        """Map all memory of each VM at stage 2, without a pin. Return int64[n]: 0 done, 2 a page is missing."""
+        return _kit(self._ticket).map_all(self._lanes)  # type: ignore[no-any-return]
+
+    def use_guest_memfd(self) -> None:
+        """The VMM backs each VM by a guest_memfd: its pages neither move nor go, KVM follows no notifier for them."""
+        _kit(self._ticket).use_guest_memfd(self._lanes)
 
     def unpin_all(self) -> None:
         """Drop every pin that KVM holds on each VM's memory, as it must before the VM's memory is gone."""

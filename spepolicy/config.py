@@ -20,6 +20,7 @@ from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import (
     PAGE_BYTES,
+    Bug,
     Costs,
     Cpu,
     Guest,
@@ -278,8 +279,12 @@ def _filter(values: Mapping[str, Any], cpu: Cpu) -> dict[str, int]:
 
 def _kvm(values: Mapping[str, Any]) -> Kvm:
     unlimited = value_at(values, "memlock", "kvm.") == UNLIMITED
-    chosen = checked_fields(values, KvmSettings, "kvm", special=("memlock",) if unlimited else ())
+    special = ("bug_rate", "memlock") if unlimited else ("bug_rate",)
+    chosen = checked_fields(values, KvmSettings, "kvm", special=special)
     chosen["irq_delivery"] = IrqDelivery[chosen["irq_delivery"].upper()]
+    chosen["bug"] = Bug[chosen["bug"].upper()]
+    rate = checked(value_at(values, "bug_rate", "kvm."), settings_of(KvmSettings)["bug_rate"], "kvm.bug_rate")
+    chosen["bug_rate_q16"] = round(rate * (1 << 16))
     return Kvm(**chosen, memlock_unlimited=unlimited)
 
 

@@ -46,6 +46,17 @@ class UnknownPolicyError(SpePolicyError, LookupError):
         )
 
 
+class UnsupportedPolicyError(SpePolicyError):
+    """A policy says that it cannot run on the machine that is configured."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(
+            f"policy '{name}' cannot run on this machine: {reason}. Change the setting that it names, or choose "
+            "another policy."
+        )
+
+
 class PluginError(SpePolicyError):
     """A plugin cannot be loaded, breaks the contract of `spepolicy.hookspecs`, or clashes with another plugin."""
 

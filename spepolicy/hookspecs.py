@@ -2,9 +2,11 @@
 
 Order of calls in one run
 -------------------------
-1. `virtualization`, `traps`, `notifier_filter`       once, when the run is set up
+1. `supports`, `virtualization`, `ownership`, `traps`, `notifier_filter`
+                                                       once, when the run is set up
 2. `vm_created`                                        once per batch, before the first vCPU runs
-3. `buffer_enabled`, `profiling_enabled`, `buffer_disabled`, `stage2_fault`
+3. `buffer_announced`, `buffer_enabled`, `profiling_enabled`, `user_profiling_armed`, `eret`, `buffer_disabled`,
+   `timer`, `stage2_fault`; with `Ownership.KVM` also `own_buffer_full` and `buffer_stopping`
                                                        once per batch each time vCPUs reach that point
 4. `vm_destroyed`                                      once per batch, when guests have ended
 5. `errata`                                            once, when the judge has finished
@@ -18,6 +20,7 @@ has exactly one policy. Reporters and observers may be many.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from spepolicy.judge.errata import Erratum, Findings
     from spepolicy.machine.hostops import Notifier
 
-__all__ = ["Cause", "Event", "Trap", "doc", "hookimpl", "hookspec"]
+__all__ = ["Cause", "Event", "Ownership", "Platform", "Trap", "doc", "hookimpl", "hookspec"]
 
 hookspec = pluggy.HookspecMarker("spepolicy")
 hookimpl = pluggy.HookimplMarker("spepolicy")
@@ -44,6 +47,31 @@ class Trap(IntFlag):
     PMS = 2  # MDCR_EL2.TPMS = 1: PMSCR_EL1, PMSICR_EL1, PMSIRR_EL1, PMSFCR_EL1, PMSEVFR_EL1, PMSLATFR_EL1
 
 
+class Ownership(IntEnum):
+    """Whose the profiling buffer is while the guest runs: MDCR_EL2.E2PB (spe.md 1.11)."""
+
+    GUEST = 0  # 0b10 or 0b11: EL1 owns it, the SPU writes through the guest's stage 1 and KVM's stage 2
+    KVM = 1  # 0b00: EL2 owns it, the SPU writes to a buffer of KVM's; accesses to PMB* trap and are emulated
+    NOBODY = 2  # 0b00 and TPMS, accesses are UNDEFINED: the guest has no SPE
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What KVM and its VMM know of the machine before a VM is created: `supports` judges by it."""
+
+    spe_version: int  # ID_AA64DFR0_EL1.PMSVer, 1..6
+    fine_grained_traps: bool  # FEAT_FGT: ERET and PMBIDR_EL1 can be trapped
+    max_record_bytes: int  # 1 << PMSIDR_EL1.MaxSize
+    fixed_size_records: bool  # PMSIDR_EL1.MaxSize = PMBIDR_EL1.Align
+    vcpus: int
+    memory_pages: int  # guest RAM, 4 KiB pages
+    memlock_pages: int | None  # RLIMIT_MEMLOCK of the VMM, None: CAP_IPC_LOCK
+    guest_memfd: bool  # the kernel can back a VM by a guest_memfd and map it before the VM runs
+    paravirtual_guest: bool  # the guest's SPE driver announces its buffers
+    numa_balancing: bool  # the host's kernel scans for NUMA balancing
+    ksm: bool  # the host merges equal pages
+
+
 class Event(IntEnum):
     """What KVM may tell the guest in PMBSR_EL1 (kvm.md 2.4)."""
 
@@ -51,6 +79,8 @@ class Event(IntEnum):
     STAGE2_ABORT = 2  # EC 0x25 as the hardware reported it
     EXTERNAL_ABORT = 3  # EC 0x24, FSC 0x10, EA: not allowed from SPEv1p3 on
     IMPDEF = 4  # EC 0x1f, IMPLEMENTATION DEFINED buffer management event
+    BUFFER_FULL = 5  # EC 0, BSC 1: with Ownership.KVM, once the guest's buffer is full
+    TOO_LARGE = 6  # EC 0, BSC 4: larger than PMBIDR_EL1.MaxBuffSize (spe.md 1.8)
 
 
 class Cause(IntEnum):
@@ -102,6 +132,22 @@ class PolicySpec:
         """
 
     @hookspec(firstresult=True)
+    def supports(self, platform: Platform) -> str | None:
+        """Say why this policy cannot run on *platform*, in a phrase; None: it can. Once per run, before anything else.
+
+        A policy that cannot run is not simulated: a single run is an error with this reason, a table prints it.
+        """
+
+    @hookspec(firstresult=True)
+    def ownership(self) -> Ownership | None:
+        """Return who owns the profiling buffer (`Ownership`). Once per run. No implementation means `Ownership.GUEST`.
+
+        With `Ownership.KVM` PMB* trap in any case, `own_buffer_full` and `buffer_stopping` must be implemented, and
+        the registers that a batch shows are KVM's shadows: what the guest wrote and reads. With `Ownership.NOBODY`
+        no other hook is called but `errata`.
+        """
+
+    @hookspec(firstresult=True)
     def traps(self) -> Trap | None:
         """Return which register groups trap (`Trap`). Once per run. No implementation means `Trap.NONE`.
 
@@ -128,6 +174,14 @@ class PolicySpec:
         """
 
     @hookspec
+    def buffer_announced(self, vcpus: Vcpus) -> None:
+        """A paravirtual guest has mapped a new AUX ring and tells KVM by a hypercall. Once per batch.
+
+        `vcpus.announced_lo` and `announced_hi` are its range; the ring announced before is gone. Only guests with
+        `guest.paravirtual` call; each call costs a trap. The guest waits.
+        """
+
+    @hookspec
     def buffer_enabled(self, vcpus: Vcpus) -> None:
         """A trapped write just made ProfilingBufferEnabled() true (PMBLIMITR_EL1.E=1 and PMBSR_EL1.S=0). Once per
         batch.
@@ -142,6 +196,40 @@ class PolicySpec:
         That is: buffer enabled, and PMSCR_EL1.E1SPE set, after a write to PMSCR_EL1 (needs `Trap.PMS`) or to
         PMBLIMITR_EL1 or PMBSR_EL1 (needs `Trap.PMB`). NOT called for {E0SPE,E1SPE} = {1,0}: there profiling becomes
         enabled by the ERET to EL0, which KVM does not see.
+        """
+
+    @hookspec
+    def user_profiling_armed(self, vcpus: Vcpus) -> None:
+        """A trapped write left the buffer enabled with {E0SPE,E1SPE} = {1,0}. Once per batch.
+
+        Profiling is not enabled yet: the next ERET to EL0 will do that, unseen unless its trap is armed
+        (`vcpus.trap_eret`). Needs `Trap.PMS` for the write of PMSCR_EL1 and `Trap.PMB` for those of PMBLIMITR_EL1 and
+        PMBSR_EL1.
+        """
+
+    @hookspec
+    def eret(self, vcpus: Vcpus) -> None:
+        """A return from EL1 to EL0 trapped. Once per batch. Needs FEAT_FGT and `vcpus.trap_eret(True)` before.
+
+        While armed the trap takes *every* return to EL0, each at `costs.trap`.
+        """
+
+    @hookspec
+    def timer(self, vcpus: Vcpus) -> None:
+        """The timer that `vcpus.set_timer` started has fired. Once per batch. Timers count host time and fire once."""
+
+    @hookspec
+    def own_buffer_full(self, vcpus: Vcpus) -> None:
+        """KVM's own buffer is full and the SPU has stopped. Once per batch, after the exit. `Ownership.KVM` only.
+
+        Every vCPU must be answered: `start_own_buffer()` after `copy_out()` or `defer_copy()`, or `inject(Event)`.
+        """
+
+    @hookspec
+    def buffer_stopping(self, vcpus: Vcpus) -> None:
+        """The guest has drained and now clears PMBLIMITR_EL1.E; KVM stops its own buffer. `Ownership.KVM` only.
+
+        Once per batch, before the guest reads PMBPTR_EL1. Every vCPU needs `copy_out()` or `defer_copy()`.
         """
 
     @hookspec

@@ -19,7 +19,7 @@ import numpy as np
 import pluggy
 
 from spepolicy.errors import ConfigurationError, HookError, PluginError, SpePolicyError, UnknownPolicyError, nearest
-from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
+from spepolicy.hookspecs import ObserverSpec, Ownership, PolicySpec, ReporterSpec
 from spepolicy.policy_fields import checked_policy_fields, fields_of
 
 __all__ = [
@@ -210,11 +210,11 @@ def make_plugin_manager(policy: object, reporters: Sequence[object]) -> pluggy.P
     _register(manager, policy, "policy")
     for reporter in reporters:
         _register(manager, _instance(reporter), f"{_label(reporter)}")
-    if not manager.hook.stage2_fault.get_hookimpls() and _virtualized(manager, policy):
+    if not manager.hook.stage2_fault.get_hookimpls() and _uses_stage2(manager, policy):
         raise PluginError(
             f"policy {_label(policy)} has no hook stage2_fault. Every policy must answer the SPU's stage 2 faults, "
-            "with resume() or inject(Event). Only a bare-metal baseline, whose hook virtualization returns False, has "
-            "none."
+            "with resume() or inject(Event). Only a bare-metal baseline, whose hook virtualization returns False, and "
+            "a policy whose hook ownership says that the guest does not own the buffer have none."
         )
     return manager
 
@@ -275,13 +275,17 @@ def _check_hooks(manager: pluggy.PluginManager, plugin: object) -> None:
             )
 
 
-def _virtualized(manager: pluggy.PluginManager, policy: object) -> bool:
+def _uses_stage2(manager: pluggy.PluginManager, policy: object) -> bool:
+    """Say whether the SPU of a guest under *policy* writes through stage 2."""
+    hook, allowed = "virtualization", "True, False or None"
     try:
-        return manager.hook.virtualization() is not False
+        if manager.hook.virtualization() is False:
+            return False
+        hook, allowed = "ownership", "an Ownership or None"
+        return manager.hook.ownership() in (None, Ownership.GUEST)
     except Exception as error:
         raise HookError(
-            f"policy {_label(policy)}: hook virtualization raised {type(error).__name__}: {error}. "
-            "It must return True, False or None."
+            f"policy {_label(policy)}: hook {hook} raised {type(error).__name__}: {error}. It must return {allowed}."
         ) from error
 
 

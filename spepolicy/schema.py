@@ -129,6 +129,9 @@ class CpuSettings:
     )  # fmt: skip
     tlb_entries: int = _count("TLB entries of the SPU, direct mapped", 1, 1024, "tlb_entries", power_of_two=True)
     irq_latency: str = _duration("PMBSR_EL1.S=1 until the core takes PMBIRQ", "0ps", "1ms", "irq_latency_ps")
+    fine_grained_traps: bool = _flag(
+        "FEAT_FGT: KVM can trap ERET and PMBIDR_EL1", "fine_grained_traps", "spe.md 1.11; kvm.md 1.4"
+    )
 
 
 EVENT_BITS: Mapping[str, int] = {  # names of `guest.filter.events` and their bits in PMSEVFR_EL1 (spe.md 4.3)
@@ -221,6 +224,9 @@ class GuestSettings:
     reader_rate: int = _count(
         "perf copies AUX data to its file at this rate", 1, 1_000_000, "reader_bytes_per_us", unit="MB/s"
     )
+    paravirtual: bool = _flag(
+        "the SPE driver tells KVM by a hypercall which buffer it is about to use", "paravirtual", "kvm.md 2.2, P11"
+    )
     renew: str = _duration(
         "mean time between perf sessions, each with new AUX pages behind the same VA", "1ms", MEAN, "renew_ps",
         "kvm.md 4.1 G2", zero="never",
@@ -251,6 +257,18 @@ class KvmSettings:
         "irq_delivery",
         "kvm.md 2.5: I4, I3",
     )
+    guest_memfd: bool = _flag(
+        "the kernel can back a VM by a guest_memfd and map it before the VM runs (KVM_PRE_FAULT_MEMORY)",
+        "guest_memfd", "kvm.md 2.2, P2e",
+    )  # fmt: skip
+    bug: str = _choice(
+        "a bug of KVM to inject: can it be told from a legitimate fault?",
+        ("none", "skip_page", "leak_pin", "missed_notifier"), "bug", "DESIGN 3",
+    )  # fmt: skip
+    bug_rate: float = _field(
+        Setting("chance a page that the bug strikes, when it is pinned, unpinned or unmapped", Kind.NUMBER, 0, 1,
+                source="assumption")
+    )  # fmt: skip
 
 
 _EXITS = "kvm.md 3.3: SYS64 exit min 2.07us, mean 6.57us; DABT_LOW mean 6.24us"
@@ -275,6 +293,10 @@ class CostSettings:
     map_page: str = _duration("one stage 2 leaf, with the lock", "0ps", "100us", "map_page_ps")
     swap_in: str = _duration("one page from swap", "1us", "100ms", "swap_in_ps")
     copy_page: str = _duration("breaking copy-on-write or KSM sharing of one page", "0ps", "1ms", "copy_page_ps")
+    copy_out_page: str = _duration(
+        "4 KiB of records copied from KVM's own SPE buffer to the guest's", "0ps", "100us", "copy_out_page_ps"
+    )
+    vmm_exit: str = _duration("one exit to the VMM and back, with what it does there", "1us", "100ms", "vmm_exit_ps")
     cpu_fault: str = _duration("an ordinary stage 2 fault of the guest's CPU", "100ns", "4ms", "cpu_fault_ps", _EXITS)
 
 

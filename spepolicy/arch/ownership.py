@@ -148,9 +148,12 @@ def traps(register: str, mdcr_el2: int) -> bool:
     return register in SAMPLING_REGISTERS and bool(controls["TPMS"])
 
 
-def kvm_controls(trap_buffer: bool, trap_sampling: bool) -> int:
-    """Return the MDCR_EL2 with which KVM gives the buffer to its guest, and sees the accesses that it wants to see."""
-    return int(REGISTERS["MDCR_EL2"].pack(E2PB=0b10 if trap_buffer else 0b11, TPMS=int(trap_sampling)))
+def kvm_controls(trap_buffer: bool, trap_sampling: bool, own_buffer: bool = False) -> int:
+    """Return the MDCR_EL2 with which KVM gives the buffer to its guest, and sees the accesses that it wants to see, or
+    with which it owns the buffer itself.
+    """
+    owner = 0b00 if own_buffer else 0b10 if trap_buffer else 0b11
+    return int(REGISTERS["MDCR_EL2"].pack(E2PB=owner, TPMS=int(trap_sampling)))
 
 
 def programming_allowed(c: Controls, level: int) -> bool:

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.arch.registers import PMBSR_COLL
 from spepolicy.batch import Vcpus, Vms, tools
-from spepolicy.errors import ConfigurationError, HookError, SpePolicyError
-from spepolicy.hookspecs import PolicySpec, Trap
+from spepolicy.errors import ConfigurationError, HookError, SpePolicyError, UnsupportedPolicyError
+from spepolicy.hookspecs import Ownership, PolicySpec, Trap
 from spepolicy.jit import COMPILED, cache_dir
-from spepolicy.machine import toolbox
+from spepolicy.machine import own_buffer, toolbox, whole_vm
 from spepolicy.machine.build import (
     Behaviour,
     allocate,
@@ -40,6 +41,7 @@ from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
 from spepolicy.machine.state import WINDOW, Hook, Machine
 from spepolicy.machine.trace import LOG
+from spepolicy.platforms import why_unsupported
 
 Ints = NDArray[np.int64]
 
@@ -50,6 +52,12 @@ _HOOK_NAMES = {
     Hook.BUFFER_DISABLED: "buffer_disabled",
     Hook.STAGE2_FAULT: "stage2_fault",
     Hook.VM_DESTROYED: "vm_destroyed",
+    Hook.USER_PROFILING_ARMED: "user_profiling_armed",
+    Hook.ERET: "eret",
+    Hook.OWN_BUFFER_FULL: "own_buffer_full",
+    Hook.BUFFER_STOPPING: "buffer_stopping",
+    Hook.TIMER: "timer",
+    Hook.BUFFER_ANNOUNCED: "buffer_announced",
 }
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
 # gigabyte.
@@ -59,6 +67,7 @@ _VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
 _COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _MADE = ("replicates", "host_elapsed_ps", "finished")
+_SHADOWS = {"pmbptr": "shadow_ptr", "pmblimitr": "shadow_limit", "pmbsr": "guest_pmbsr"}  # Ownership.KVM
 _KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
 
 
@@ -94,14 +103,20 @@ class _Kit:
         self._m = handle
 
     def register(self, name: str, lanes: Ints, vcpus: Ints) -> NDArray[np.uint64]:
+        if len(lanes) and self._machine.par["own_buffer"][lanes[0]]:  # of the policy: the same in all lanes
+            name = _SHADOWS.get(name, name)
         values: NDArray[np.uint64] = self._machine.vcpu[name][lanes, vcpus].view(np.uint64)
         return values
 
-    def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool) -> Ints:
-        return toolbox.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables))
+    def parameter(self, name: str, lanes: Ints) -> Ints:
+        values: Ints = self._machine.par[name][lanes]
+        return values
 
-    def pin_fresh(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return toolbox.pin_fresh(self._m, lanes, vcpus)
+    def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool, one_range: bool) -> Ints:
+        return toolbox.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables), int(one_range))
+
+    def pin_fresh(self, lanes: Ints, vcpus: Ints, ignore_limit: bool) -> Ints:
+        return toolbox.pin_fresh(self._m, lanes, vcpus, int(ignore_limit))
 
     def map_fresh(self, lanes: Ints, vcpus: Ints) -> Ints:
         return toolbox.map_fresh(self._m, lanes, vcpus)
@@ -113,10 +128,46 @@ class _Kit:
         toolbox.unpin_current(self._m, lanes, vcpus)
 
     def pin_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
-        return toolbox.pin_all(self._m, lanes, int(ignore_limit))
+        return whole_vm.pin_all(self._m, lanes, int(ignore_limit))
 
     def unpin_all(self, lanes: Ints) -> None:
-        toolbox.unpin_all(self._m, lanes)
+        whole_vm.unpin_all(self._m, lanes)
+
+    def keep_previous(self, lanes: Ints, vcpus: Ints) -> None:
+        toolbox.keep_previous(self._m, lanes, vcpus)
+
+    def release_idle(self, lanes: Ints, vcpus: Ints) -> Ints:
+        return toolbox.release_idle(self._m, lanes, vcpus)
+
+    def look(self, lanes: Ints, vcpus: Ints) -> Ints:
+        return toolbox.look(self._m, lanes, vcpus)
+
+    def trap_eret(self, lanes: Ints, vcpus: Ints, armed: bool) -> None:
+        self._machine.vcpu["eret_trap"][lanes, vcpus] = int(armed)
+
+    def set_timer(self, lanes: Ints, vcpus: Ints, delay_ps: Ints) -> None:
+        toolbox.set_timer(self._m, lanes, vcpus, delay_ps)
+
+    def exit_to_vmm(self, lanes: Ints, vcpus: Ints) -> None:
+        toolbox.exit_to_vmm(self._m, lanes, vcpus)
+
+    def start_own_buffer(self, lanes: Ints, vcpus: Ints, pages: int) -> None:
+        own_buffer.start_own_buffer(self._m, lanes, vcpus, pages)
+
+    def copy_out(self, lanes: Ints, vcpus: Ints, deferred: bool) -> Ints:
+        return own_buffer.copy_out(self._m, lanes, vcpus, int(deferred))
+
+    def report_collision(self, lanes: Ints, vcpus: Ints) -> None:
+        self._machine.vcpu["pmbsr"][lanes, vcpus] |= PMBSR_COLL
+
+    def mlock_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
+        return whole_vm.mlock_all(self._m, lanes, int(ignore_limit))
+
+    def map_all(self, lanes: Ints) -> Ints:
+        return whole_vm.map_all(self._m, lanes)
+
+    def use_guest_memfd(self, lanes: Ints) -> None:
+        self._machine.vm["guest_memfd"][lanes] = 1
 
     def inject(self, lanes: Ints, vcpus: Ints, event: int, data_loss: bool) -> None:
         toolbox.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
@@ -139,6 +190,7 @@ def _implemented(policy: object) -> int:
 
 def behaviour_of(policy: object, manager: Any) -> Behaviour:
     """Ask the policy's set-up hooks how KVM has to be set up for it."""
+    owner = manager.hook.ownership()
     traps = manager.hook.traps()
     keep = manager.hook.notifier_filter()
     virtualized = manager.hook.virtualization()
@@ -151,16 +203,30 @@ def behaviour_of(policy: object, manager: Any) -> Behaviour:
         raise HookError(
             f"policy '{_name(policy)}': notifier_filter() returned {keep!r}. Rule: a Notifier mask or None."
         )
+    if owner is not None and not isinstance(owner, Ownership):
+        raise HookError(
+            f"policy '{_name(policy)}': ownership() returned {owner!r}. Rule: a spepolicy.hookspecs.Ownership or None."
+        )
+    hooks = _implemented(policy)
+    if owner == Ownership.KVM:
+        for hook in (Hook.OWN_BUFFER_FULL, Hook.BUFFER_STOPPING):
+            if not (hooks >> hook) & 1:
+                raise HookError(
+                    f"policy '{_name(policy)}' has no hook {_HOOK_NAMES[hook]}. Rule: with Ownership.KVM the policy "
+                    "copies KVM's buffer. Remedy: implement own_buffer_full and buffer_stopping."
+                )
     if virtualized not in (None, True, False):
         raise HookError(
             f"policy '{_name(policy)}': virtualization() returned {virtualized!r}. Rule: True, False or None."
         )
     return Behaviour(
         virtualized=virtualized is not False,
-        trap_pmb=bool(traps & Trap.PMB),
+        trap_pmb=bool(traps & Trap.PMB) or owner == Ownership.KVM,
         trap_pms=bool(traps & Trap.PMS),
         notifier_filter=int(keep or 0),
-        hooks=_implemented(policy),
+        hidden=owner == Ownership.NOBODY,
+        own_buffer=owner == Ownership.KVM,
+        hooks=0 if owner == Ownership.NOBODY else hooks,
     )
 
 
@@ -255,6 +321,16 @@ def call_hook(
                 f"policy '{policy}', hook {name}() raised {type(error).__name__}: {error}. "
                 "Remedy: fix the plugin; HYDRA_FULL_ERROR=1 shows where."
             ) from error
+    if hook == Hook.BUFFER_STOPPING and (running := m.vcpu["pmblimitr"][lanes, vcpus] & 1).any():
+        raise HookError(
+            f"policy '{policy}', hook buffer_stopping() left KVM's buffer of {int(running.sum())} of {len(lanes)} "
+            "vCPUs running. Rule: the guest has disabled its buffer. Remedy: call copy_out() or defer_copy()."
+        )
+    if hook == Hook.OWN_BUFFER_FULL and (silent := m.vcpu["answered"][lanes, vcpus] == 0).any():
+        raise HookError(
+            f"policy '{policy}', hook own_buffer_full() left {int(silent.sum())} of {len(lanes)} vCPUs without an "
+            "answer. Rule: the SPU starts again or the guest is told. Remedy: call start_own_buffer() or inject(...)."
+        )
     if hook == Hook.STAGE2_FAULT:
         silent = m.vcpu["answered"][lanes, vcpus] == 0
         if silent.any():
@@ -287,6 +363,10 @@ class Runner:
         The pieces agree in `spepolicy.machine.build.shared_key`; otherwise their scenarios may differ, and no lane can
         tell who is beside it. If `stopping` becomes true meanwhile, lanes are left unfinished (`Result.finished`).
         """
+        for piece in pieces:
+            reason = self.why_unsupported(piece.scenario)
+            if reason is not None:
+                raise UnsupportedPolicyError(self.name, reason)
         begin = time.perf_counter()
         with np.errstate(over="ignore"):
             m = machines.fitting(pieces, self.behaviour)
@@ -299,6 +379,10 @@ class Runner:
             finally:
                 del self.running[me]
         return _results(chunk, time.perf_counter() - begin)
+
+    def why_unsupported(self, scenario: Scenario) -> str | None:
+        """Return the policy's reason not to run on the machine of *scenario*, or None: hook `supports`."""
+        return why_unsupported(self.manager, scenario, self.name)
 
     def guest_ps_under_way(self) -> float:
         """Return how much guest time has passed in the chunks that are running, summed over lanes."""
@@ -394,14 +478,23 @@ def compile_machine(say: Callable[[str], None]) -> None:
     handle = context(smallest_machine())
     start_lanes(handle, none)
     run_lanes(handle, none)
-    toolbox.walk_stage1(handle, none, none, none, none, 0)
-    for tool in (toolbox.pin_fresh, toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current):
+    toolbox.walk_stage1(handle, none, none, none, none, 0, 0)
+    toolbox.pin_fresh(handle, none, none, 0)
+    for tool in (
+        toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current, toolbox.keep_previous, toolbox.release_idle,
+        toolbox.look, toolbox.exit_to_vmm,
+    ):  # fmt: skip
         tool(handle, none, none)
+    toolbox.set_timer(handle, none, none, none)
+    own_buffer.start_own_buffer(handle, none, none, 0)
+    own_buffer.copy_out(handle, none, none, 0)
     toolbox.tell_guest(handle, none, none, 0, 0)
     toolbox.resume(handle, none, none)
     toolbox.score_claims(handle, none, none)
-    toolbox.pin_all(handle, none, 0)
-    toolbox.unpin_all(handle, none)
+    whole_vm.pin_all(handle, none, 0)
+    whole_vm.mlock_all(handle, none, 0)
+    whole_vm.map_all(handle, none)
+    whole_vm.unpin_all(handle, none)
     toolbox.release_all(handle, none)
     (cache_dir() / _COMPLETE).touch()
 

@@ -19,7 +19,7 @@ from spepolicy.mmu.regime import STAGE
 from spepolicy.mmu.walker import STATE
 
 # Streams of random draws; a stream never gets another number, or results change.
-_PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT, _LOG = range(6)
+_PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT, _LOG, _BUG = range(7)
 _ACT = 16
 
 PAGE_TABLE_ARRAYS = ("pool", "host_page")
@@ -32,6 +32,8 @@ class Behaviour:
     virtualized: bool = True
     trap_pmb: bool = False
     trap_pms: bool = False
+    hidden: bool = False  # the guest has no SPE
+    own_buffer: bool = False  # KVM owns the buffer, E2PB=0b00
     notifier_filter: int = 0  # mask of mmu_notifier_event
     hooks: int = 0  # 1 << Hook for each hook that is implemented
 
@@ -49,7 +51,7 @@ def _table_pages(scenario: Scenario) -> tuple[int, int]:
 def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Behaviour) -> None:
     guest, cpu, kvm, costs, host = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs, scenario.host
     stage1_pages, _ = _table_pages(scenario)
-    mdcr_el2 = kvm_controls(behaviour.trap_pmb, behaviour.trap_pms)
+    mdcr_el2 = kvm_controls(behaviour.trap_pmb, behaviour.trap_pms, behaviour.own_buffer or behaviour.hidden)
     values: dict[str, int] = {
         "virtualized": behaviour.virtualized,
         "ram_page0": guest.ram_base // PAGE_BYTES,
@@ -59,8 +61,11 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         "reader_ps_per_kib": 1024 * 1_000_000 // guest.reader_bytes_per_us,
         "memlock_pages": (1 << 40) if kvm.memlock_unlimited else kvm.memlock_pages,
         "next_exit_only": int(kvm.irq_delivery),
-        "trap_pmb": behaviour.virtualized and traps("PMBLIMITR_EL1", mdcr_el2),
-        "trap_pms": behaviour.virtualized and traps("PMSCR_EL1", mdcr_el2),
+        # A guest that has been told that there is no SPE accesses nothing.
+        "trap_pmb": behaviour.virtualized and not behaviour.hidden and traps("PMBLIMITR_EL1", mdcr_el2),
+        "trap_pms": behaviour.virtualized and not behaviour.hidden and traps("PMSCR_EL1", mdcr_el2),
+        "hidden": behaviour.virtualized and behaviour.hidden,
+        "own_buffer": behaviour.virtualized and behaviour.own_buffer,
         "hooks": behaviour.hooks if behaviour.virtualized else 0,
         "notifier_filter": behaviour.notifier_filter,
         # On bare metal the host is the guest: nothing happens behind its back.
@@ -108,6 +113,7 @@ def _seed_lane(m: Machine, i: int, scenario: Scenario, replicate: int) -> None:
     m.par["scatter_a"][i] = (layout[0] & 0xFFFF_FFFF) | 1
     m.par["scatter_b"][i] = (layout[1] & 0x7FFF) | 1
     m.par["scatter_c"][i] = layout[2] & 0xFFFF_FFFF
+    m.vm["key_bug"][i] = stream_key(seed, replicate, _BUG, 0)
     m.vm["key_host"][i] = stream_key(seed, replicate, _HOST, 0)
     for k in range(scenario.guest.vcpus):
         m.vcpu["key_program"][i, k] = stream_key(seed, replicate, _PROGRAM, k)
@@ -249,6 +255,7 @@ def reset(
     m.vcpu["tlb_page"][lanes] = -1
     m.vcpu["irq_ps"][lanes] = NEVER
     m.vcpu["reader_ps"][lanes] = NEVER
+    m.vcpu["timer_ps"][lanes] = NEVER
     m.vcpu["claim"][lanes] = -1
     m.vcpu["logged_profiling"][lanes] = -1
     m.truth["first_fault_ps"][lanes] = NEVER

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S, PMSCR_E1SPE
+from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S, PMSCR_E0SPE, PMSCR_E1SPE
 from spepolicy.jit import jit
 from spepolicy.machine.blackout import close_window
 from spepolicy.machine.draw import draw, scaled_exponential
@@ -31,6 +31,7 @@ from spepolicy.machine.rows import (
     truth_row,
     vcpu_row,
 )
+from spepolicy.machine.shadow import read_limit
 from spepolicy.machine.state import NEVER, Hook, Machine, Segment
 from spepolicy.machine.trace import VIRQ, ZERO, log
 
@@ -47,6 +48,10 @@ _NONE = int(Hook.NONE)
 _BUFFER_ENABLED = int(Hook.BUFFER_ENABLED)
 _PROFILING_ENABLED = int(Hook.PROFILING_ENABLED)
 _BUFFER_DISABLED = int(Hook.BUFFER_DISABLED)
+_BUFFER_STOPPING = int(Hook.BUFFER_STOPPING)
+_BUFFER_ANNOUNCED = int(Hook.BUFFER_ANNOUNCED)
+_USER_PROFILING_ARMED = int(Hook.USER_PROFILING_ARMED)
+_ERET = int(Hook.ERET)
 
 # Columns of Machine.phase.
 _PHASE_USER, _PHASE_KERNEL, _PHASE_PS, _SYSCALL_GAP, _SYSCALL_PS = range(5)
@@ -60,6 +65,8 @@ def _program_draw(m: Machine, v: Any, mean_ps: int) -> int:
 
 @jit
 def _enter(v: Any, segment: int, level: int, distribution: int, length_ps: int) -> None:
+    if level == 0 and v.level == 1:
+        v.eret_due = v.eret_trap
     v.segment = segment
     v.level = level
     v.distribution = distribution
@@ -86,6 +93,38 @@ def boot(m: Machine, i: int, k: int) -> None:
     v.event_active = 1
     v.resume_segment = -1
     _driver_code(m, v, _START, par.start_ps)
+    v.hook_next = announce_buffer(m, i, k)
+
+
+@jit
+def announce_buffer(m: Machine, i: int, k: int) -> int:
+    """A paravirtual driver calls KVM with the AUX ring that it has just mapped. Return the hook to call, or NONE."""
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    if par.virtualized == 0 or par.paravirtual == 0 or par.hidden != 0:
+        return _NONE
+    tr.announced += 1
+    tr.traps += 1
+    tr.trap_total_ps += par.trap_ps
+    v.host_ps += par.trap_ps
+    return _BUFFER_ANNOUNCED if (par.hooks >> _BUFFER_ANNOUNCED) & 1 != 0 else _NONE
+
+
+@jit
+def eret_trapped(m: Machine, i: int, k: int) -> bool:
+    """Tell whether the vCPU has just returned to EL0 with the trap armed, and charge the trap."""
+    v = vcpu_row(m, i, k)
+    if v.eret_due == 0:
+        return False
+    v.eret_due = 0
+    par = params(m, i)
+    tr = truth_row(m, i, k)
+    tr.eret_traps += 1
+    tr.traps += 1
+    tr.trap_total_ps += par.trap_ps
+    v.host_ps += par.trap_ps
+    return (par.hooks >> _ERET) & 1 != 0
 
 
 @jit
@@ -203,11 +242,14 @@ def enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     sees = par.trap_pms if by_pms else par.trap_pmb
-    if par.virtualized == 0 or sees == 0 or v.pmblimitr & PMBLIMITR_E == 0 or v.pmbsr & PMBSR_S != 0:
+    if par.virtualized == 0 or sees == 0 or read_limit(par, v) & PMBLIMITR_E == 0 or v.pmbsr & PMBSR_S != 0:
         return _NONE
     profiling = _NONE
-    if v.pmscr & PMSCR_E1SPE != 0 and (par.hooks >> _PROFILING_ENABLED) & 1 != 0:
-        profiling = _PROFILING_ENABLED
+    if v.pmscr & PMSCR_E1SPE != 0:
+        if (par.hooks >> _PROFILING_ENABLED) & 1 != 0:
+            profiling = _PROFILING_ENABLED
+    elif v.pmscr & PMSCR_E0SPE != 0 and (par.hooks >> _USER_PROFILING_ARMED) & 1 != 0:
+        profiling = _USER_PROFILING_ARMED
     if not by_pms and (par.hooks >> _BUFFER_ENABLED) & 1 != 0:
         v.hook_next = profiling
         return _BUFFER_ENABLED
@@ -234,17 +276,25 @@ def segment_end(m: Machine, i: int, k: int) -> int:
         return _NONE
     if segment == _START:
         output_begin(m, i, k)
-        if v.pmblimitr & PMBLIMITR_E != 0:
+        if read_limit(par, v) & PMBLIMITR_E != 0:
             _driver_code(m, v, _START_SAMPLING, 0)
             return enabled_hooks(m, i, k, False)
         v.wanted = 1
         _resume_program(m, i, k)
         return _NONE
     if segment == _START_SAMPLING:
-        start_sampling(m, i, k)
-        v.wanted = 1
+        hook = _NONE
+        if v.eret_pending == 0:
+            start_sampling(m, i, k)
+            v.wanted = 1
+            hook = enabled_hooks(m, i, k, True)
+            if hook == _USER_PROFILING_ARMED:
+                v.eret_pending = 1  # the ERET comes after what KVM does at the write
+                v.segment_end_ps = v.now_ps
+                return hook
+        v.eret_pending = 0
         _resume_program(m, i, k)
-        return enabled_hooks(m, i, k, True)
+        return hook
     if segment == _STOP:
         return _stopped(m, i, k)
     if segment == _IRQ_ENTRY:
@@ -273,13 +323,18 @@ def _stopped(m: Machine, i: int, k: int) -> int:
     """End of arm_spe_pmu_stop(): the buffer goes off, then the other task runs, or a new perf session begins."""
     par = params(m, i)
     v = vcpu_row(m, i, k)
+    announced = _NONE
     if par.virtualized != 0 and par.trap_pmb != 0:
         # The first trapped access is an exit: KVM notices an event that its interrupt has not reported yet.
         hook = look_at_event(m, i, k)
         if hook != _NONE:
             v.segment_end_ps = v.now_ps
             return hook
-    was_enabled = v.pmblimitr & PMBLIMITR_E != 0
+    if par.own_buffer != 0 and v.pmblimitr & PMBLIMITR_E != 0:
+        # The trap of the guest's write of PMBLIMITR_EL1.E=0: KVM has to copy before the guest reads PMBPTR_EL1.
+        v.segment_end_ps = v.now_ps
+        return _BUFFER_STOPPING
+    was_enabled = read_limit(par, v) & PMBLIMITR_E != 0
     stop_buffer(m, i, k)
     if v.renew_due != 0:
         v.renew_due = 0
@@ -287,11 +342,13 @@ def _stopped(m: Machine, i: int, k: int) -> int:
         renew_buffer(m, i, k)
         v.left_ops = 0
         _driver_code(m, v, _START, par.start_ps)
+        announced = announce_buffer(m, i, k)
     elif not _switch(m, i, k):
         _next_program_segment(m, i, k)
     if was_enabled and par.trap_pmb != 0 and (par.hooks >> _BUFFER_DISABLED) & 1 != 0:
+        v.hook_next = announced
         return _BUFFER_DISABLED
-    return _NONE
+    return announced
 
 
 @jit

@@ -36,6 +36,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.scenario import Bug
 from spepolicy.machine.state import NEVER, Machine
 from spepolicy.machine.trace import HOST_OP, UNMAPPED, log_host
 from spepolicy.mmu.memory import attach, detach
@@ -46,6 +47,7 @@ FRAME = 0xF_FFFF_FFFF
 PRESENT = 1 << 36
 SHARED = 1 << 37  # read-only: copy-on-write after fork, or merged by KSM
 HOLE = 1 << 38  # the VMA is gone
+LOCKED = 1 << 39  # the VMM has mlock()ed it
 PIN_ONE = 1 << 40
 PIN_MASK = 0xFFF << 40
 GONE_SHIFT = 52  # judge only: who removed the stage 2 entry
@@ -53,6 +55,7 @@ GONE_MASK = 0xF << GONE_SHIFT
 GONE_NEVER = 0
 GONE_HOST = 1
 GONE_GUEST = 2
+GONE_BUG = 3  # the host could take it only because a bug of KVM had left it unpinned
 GONE_MIGRATION = 4
 ROLE_SHIFT = 56  # judge only: what the guest uses the page for
 ROLE_MASK = 3 << ROLE_SHIFT
@@ -60,6 +63,9 @@ ROLE_OTHER = 0
 ROLE_BUFFER = 1
 ROLE_TABLE = 2  # stage 1 table that only the SPE buffer is reached by
 ROLE_HOT = 3  # stage 1 table that the guest's CPUs walk all the time
+SKIPPED = 1 << 58  # judge only: KVM's list says that it is pinned, but an injected bug left it out
+NOTIFIED = 1 << 60  # KVM's own note: a notifier made it unmap the page, and it has not mapped it since
+DEFERRED = 1 << 59  # KVM has records for it that it copies when the guest reads it
 
 RAM_FRAME0 = 0x40000
 NEW_FRAME0 = 0x100_0000
@@ -76,8 +82,12 @@ LOSE = 128  # no page any more
 COPY_ON_WRITE = 256
 
 
-def _effects() -> tuple[tuple[int, int], ...]:
-    """Return (unpinned, pinned) effects by HostOp, as measured on 6.1."""
+def _effects() -> tuple[tuple[int, int, int], ...]:
+    """Return (unpinned, pinned, mlocked) effects by HostOp: the first two as measured on 6.1.
+
+    Of mlock() the kernel promises residence only: an unevictable page is neither reclaimed nor discarded (madvise()
+    answers EINVAL for VM_LOCKED), but is moved, merged, scanned and forked as any other (P:ec4a346d, P:709f72e5).
+    """
     table = {
         HostOp.RECLAIM: (UNMAP | SWAP, AGE),
         HostOp.AGE: (AGE, AGE),
@@ -94,10 +104,12 @@ def _effects() -> tuple[tuple[int, int], ...]:
         HostOp.DIRTY_LOG: (WRITE_PROTECT, WRITE_PROTECT),
         HostOp.SOFT_DIRTY: (UNMAP, UNMAP),
     }
-    return tuple(table.get(HostOp(op), (0, 0)) for op in range(16))
+    locked = {HostOp.RECLAIM: 0, HostOp.DONTNEED: 0}
+    rows = ((op, table.get(HostOp(op), (0, 0))) for op in range(16))
+    return tuple((*row, locked.get(HostOp(op), row[0])) for op, row in rows)
 
 
-EFFECT = np.array(_effects(), dtype=np.int64)  # [HostOp, pinned]
+EFFECT = np.array(_effects(), dtype=np.int64)  # [HostOp, unpinned | pinned | mlocked]
 
 
 def _events() -> tuple[int, ...]:
@@ -112,6 +124,16 @@ EVENT = np.array(_events(), dtype=np.int64)
 
 _CPU_TOUCH = int(HostOp.CPU_TOUCH)
 _DIRTY_LOG = int(HostOp.DIRTY_LOG)
+_DONTNEED = int(HostOp.DONTNEED)
+_MISSED_NOTIFIER = int(Bug.MISSED_NOTIFIER)
+
+
+@jit
+def bug_strikes(m: Machine, i: int) -> bool:
+    """Draw whether the injected bug of KVM strikes here."""
+    vm = vm_row(m, i)
+    vm.bug_draws += 1
+    return draw(vm.key_bug, vm.bug_draws) & 0xFFFF < params(m, i).bug_rate_q16
 
 
 @jit
@@ -187,7 +209,7 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
         invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
     if writable != 0:
         # The SPU could not write behind a read-only entry: then the host is still to blame for what it did before.
-        host_page(m, i)[page] = word & ~GONE_MASK
+        host_page(m, i)[page] = word & ~(GONE_MASK | NOTIFIED)
     return cost
 
 
@@ -210,7 +232,7 @@ def cpu_touch(m: Machine, i: int, page: int, write: int) -> int:
                 tables[slot, entry] = ((word & FRAME) << 12) | S2_LEAF | S2_WRITE
                 pool_refs(m, i)[slot] += 1
                 vm.stage2_maps += 1
-                host_page(m, i)[page] = word & ~GONE_MASK
+                host_page(m, i)[page] = word & ~(GONE_MASK | NOTIFIED)
                 return 1
     map_page(m, i, page, write)
     return 1
@@ -234,7 +256,8 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
     role = (word & ROLE_MASK) >> ROLE_SHIFT
     if word & HOLE != 0:
         return
-    effect = EFFECT[op, 1 if word & PIN_MASK != 0 else 0]
+    pinned = word & PIN_MASK != 0
+    effect = EFFECT[op, 1 if pinned else (2 if word & LOCKED != 0 else 0)]
     if effect & (SHARE | REPLACE | LOSE) != 0 and role >= ROLE_TABLE:
         # a live translation table is not identical to another page, and no VMM discards a page that the guest uses so
         return
@@ -242,17 +265,18 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
         _edit_leaf(m, i, page, AF)
     if effect & WRITE_PROTECT != 0:
         _edit_leaf(m, i, page, S2_WRITE)
-        host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
+        host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | NOTIFIED | (GONE_HOST << GONE_SHIFT)
     if effect & UNMAP != 0:
         vm.notifier_calls += 1
         before = vm.stage2_unmapped
-        if word & PIN_MASK != 0 and (par.notifier_filter >> EVENT[op]) & 1 != 0:
+        if pinned and (par.notifier_filter >> EVENT[op]) & 1 != 0:
             vm.notifier_ignored += 1
-        else:
+        elif par.bug != _MISSED_NOTIFIER or not bug_strikes(m, i):
             ipa = (par.ram_page0 + page) << 12
             if unmap_ipa(m, i, ipa) != 0:
                 vm.stage2_unmapped += 1
-                word = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
+                skipped = not pinned and word & SKIPPED != 0 and EFFECT[op, 1] & UNMAP == 0
+                word = (word & ~GONE_MASK) | NOTIFIED | ((GONE_BUG if skipped else GONE_HOST) << GONE_SHIFT)
                 invalidate_tlb(m, i, par.ram_page0 + page, par.ram_page0 + page + 1)
         if word & PIN_MASK != 0 or vm.stage2_unmapped != before:
             log_host(m, i, UNMAPPED, op, page | (1 << 32), vm.stage2_unmapped - before)
@@ -283,8 +307,10 @@ def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
         if ignores and word & PIN_MASK != 0:
             vm.notifier_ignored += 1
             continue
+        if par.bug == _MISSED_NOTIFIER and bug_strikes(m, i):
+            continue
         if slot >= 0 and tables[slot, (ipa >> 12) & 511] & 1 != 0:
-            words[page] = (word & ~GONE_MASK) | (GONE_HOST << GONE_SHIFT)
+            words[page] = (word & ~GONE_MASK) | NOTIFIED | (GONE_HOST << GONE_SHIFT)
             vm.stage2_unmapped += 1
             if refs[slot] == 1:
                 unmap_ipa(m, i, ipa)  # the last entry: frees the table
@@ -365,7 +391,11 @@ def host_event(m: Machine, i: int) -> None:
     vm.host_events += 1
     host_ops(m, i)[op] += 1
     log_host(m, i, HOST_OP, op, first, last)
-    if op == _CPU_TOUCH:
+    if vm.guest_memfd != 0 and op != _CPU_TOUCH and op != _DONTNEED and op != _DIRTY_LOG:
+        # guest_memfd folios are neither evictable nor movable, and KVM follows no notifier for such a slot. A hole
+        # punch (the balloon's) and KVM's own dirty log remain (kvm.md P2e, H15).
+        pass
+    elif op == _CPU_TOUCH:
         for page in range(first, last):
             # The recorded guest touched its page; ours has its own users for buffer and table pages.
             if host_page(m, i)[page] & ROLE_MASK == 0:

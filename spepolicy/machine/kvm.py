@@ -17,6 +17,7 @@ from spepolicy.machine.state import NEVER, Hook, Machine
 from spepolicy.machine.trace import EXIT, INJECTED, INTERRUPT, ONE, TRAPPED, ZERO, log
 
 _STAGE2_FAULT = int(Hook.STAGE2_FAULT)
+_OWN_BUFFER_FULL = int(Hook.OWN_BUFFER_FULL)
 _NONE = int(Hook.NONE)
 
 
@@ -50,6 +51,9 @@ def look_at_event(m: Machine, i: int, k: int) -> int:
     v.irq_ps = NEVER
     v.host_ps += par.event_ps
     tr.event_total_ps += par.event_ps
+    if par.own_buffer != 0:
+        v.answered = 0
+        return _OWN_BUFFER_FULL
     if (v.pmbsr & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_STAGE2 and (par.hooks >> _STAGE2_FAULT) & 1 != 0:
         v.answered = 0
         v.claim = -1

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.blackout import account
-from spepolicy.machine.guest import boot, end_of_run, interrupt_for_restart, segment_end, take_virq
+from spepolicy.machine.guest import boot, end_of_run, eret_trapped, interrupt_for_restart, segment_end, take_virq
 from spepolicy.machine.host import host_event, is_out_of_reach, schedule_host
 from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
 from spepolicy.machine.layout import build_memory
@@ -28,6 +28,8 @@ _DONE = int(Segment.DONE)
 _LOG_FULL = int(Hook.LOG_FULL)
 _VM_CREATED = int(Hook.VM_CREATED)
 _VM_DESTROYED = int(Hook.VM_DESTROYED)
+_TIMER = int(Hook.TIMER)
+_ERET = int(Hook.ERET)
 _NONE = int(Hook.NONE)
 
 
@@ -39,6 +41,8 @@ def _next_time(m: Machine, i: int, k: int) -> int:
         return widen(NEVER)
     t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
     t = min(t, v.act_next_ps)
+    if v.timer_ps != NEVER:
+        t = min(t, max(v.timer_ps - v.host_ps, v.now_ps))
     if v.virq != 0 and v.segment <= _KERNEL:
         t = v.now_ps
     return t
@@ -84,6 +88,9 @@ def _step(m: Machine, i: int, k: int, t: int) -> int:
         if v.act_armed != 0 and hook == _NONE:
             fire_armed(m, i, k, ended)
         return hook
+    if v.timer_ps != NEVER and t >= v.timer_ps - v.host_ps:
+        v.timer_ps = widen(NEVER)
+        return _TIMER
     if t == v.reader_ps:
         read_ring(m, i, k)
         if v.restart != 0 and v.segment <= _KERNEL and (v.task == 0 or par.session == 1):
@@ -167,6 +174,11 @@ def run_lane(m: Machine, i: int) -> None:
         if v.now_ps < t:
             continue
         hook = _step(m, i, first, t)
+        if eret_trapped(m, i, first):
+            if hook == _NONE:
+                hook = _ERET
+            elif v.hook_next == _NONE:
+                v.hook_next = _ERET
         if hook != _NONE:
             _wait(m, i, hook, first)
             return

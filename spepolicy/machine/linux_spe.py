@@ -28,7 +28,7 @@ from spepolicy.arch.registers import (
     PMSIRR_RND,
 )
 from spepolicy.jit import jit
-from spepolicy.machine.host import ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
+from spepolicy.machine.host import DEFERRED, ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
 from spepolicy.machine.kvm import access
 from spepolicy.machine.layout import guest_page
 from spepolicy.machine.pagetables import va_leaf
@@ -42,6 +42,7 @@ from spepolicy.machine.rows import (
     unseen,
     vcpu_row,
 )
+from spepolicy.machine.shadow import read_limit, read_pointer, write_limit, write_pointer
 from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.machine.trace import (
@@ -75,6 +76,7 @@ PARTIAL = 4
 COLLISION = 8
 
 _RING_FULL = int(LostCause.RING_FULL)
+_REFUSED = int(LostCause.REFUSED)
 
 
 @jit
@@ -179,7 +181,12 @@ def output_begin(m: Machine, i: int, k: int) -> None:
     tr = truth_row(m, i, k)
     size = par.buffer_pages << 12
     v.aux_flags = 0
-    v.pmblimitr = 0
+    if par.hidden != 0:
+        # perf_event_open() fails: the guest has no SPE, and its user waits for data in vain.
+        v.event_active = 0
+        v.stop_cause = _REFUSED
+        return
+    write_limit(par, v, 0)
     if v.aux_head - v.aux_tail >= size - 1:
         # perf_aux_output_begin() fails: the event is disabled and perf is woken.
         _no_space(m, i, k)
@@ -202,11 +209,11 @@ def output_begin(m: Machine, i: int, k: int) -> None:
         return
     tr.sessions += 1
     v.handle_head = v.aux_head
-    v.pmbptr = v.buffer_va + head
-    v.pmblimitr = (v.buffer_va + limit) | PMBLIMITR_E
+    write_pointer(par, v, v.buffer_va + head)
+    write_limit(par, v, (v.buffer_va + limit) | PMBLIMITR_E)
     log(m, i, k, AUX_BEGIN, ZERO, v.aux_head, v.aux_head + limit - head)
-    log(m, i, k, REGISTER, REG_PMBPTR, v.pmbptr, ZERO)
-    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
+    log(m, i, k, REGISTER, REG_PMBPTR, read_pointer(par, v), ZERO)
+    log(m, i, k, REGISTER, REG_PMBLIMITR, read_limit(par, v), ZERO)
     access(m, i, k, 2, 0)
 
 
@@ -219,7 +226,7 @@ def _no_space(m: Machine, i: int, k: int) -> None:
     v.stop_cause = _RING_FULL
     tr.ring_full += 1
     log(m, i, k, RING_FULL, ZERO, ZERO, ZERO)
-    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
+    log(m, i, k, REGISTER, REG_PMBLIMITR, read_limit(par, v), ZERO)
     _wake_reader(par, v)
 
 
@@ -271,7 +278,7 @@ def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
     par = params(m, i)
     mask = (par.buffer_pages << 12) - 1
     # PTR - head: on a fault in the middle of a record the partial bytes are handed over too.
-    size = (v.pmbptr - v.buffer_va) - (v.handle_head & mask)
+    size = (read_pointer(par, v) - v.buffer_va) - (v.handle_head & mask)
     output_end(m, i, k, min(max(size, 0), mask + 1 - (v.handle_head & mask)))  # a forged PMBPTR hands over nothing more
     full = (syndrome & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_OTHER and syndrome & 0x3F == BSC_FULL
     return not full
@@ -281,11 +288,12 @@ def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
 def stop_buffer(m: Machine, i: int, k: int) -> None:
     """arm_spe_pmu_stop(), second part: PMBLIMITR_EL1=0, then close an open handle by what PMBSR_EL1 says."""
     v = vcpu_row(m, i, k)
-    v.pmblimitr &= ~PMBLIMITR_E
-    log(m, i, k, REGISTER, REG_PMBLIMITR, v.pmblimitr, ZERO)
+    par = params(m, i)
+    write_limit(par, v, read_limit(par, v) & ~PMBLIMITR_E)
+    log(m, i, k, REGISTER, REG_PMBLIMITR, read_limit(par, v), ZERO)
     access(m, i, k, 1, 0)
     if v.handle_open != 0:
-        syndrome = visible_syndrome(params(m, i), v)
+        syndrome = visible_syndrome(par, v)
         access(m, i, k, 2, 1)  # PMBSR and PMBPTR; PMSICR to continue the interval next time
         if syndrome & PMBSR_S != 0:
             _collect(m, i, k, syndrome)
@@ -338,7 +346,7 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
             tr.silent_fatal += 1
     if fatal or v.event_active == 0:
         stop_sampling(m, i, k)
-        v.pmblimitr = 0
+        write_limit(params(m, i), v, 0)
         log(m, i, k, REGISTER, REG_PMBLIMITR, ZERO, ZERO)
         access(m, i, k, 1, 0)
     else:
@@ -347,9 +355,9 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
             stop_sampling(m, i, k)  # no space: perf's irq_work disables the event before the handler returns
     clear_syndrome(v)
     log(m, i, k, REGISTER, REG_PMBSR, ZERO, ZERO)
-    log(m, i, k, HANDLED, TWO if v.pmblimitr == 0 else ONE, syndrome, ZERO)
+    log(m, i, k, HANDLED, TWO if read_limit(params(m, i), v) == 0 else ONE, syndrome, ZERO)
     access(m, i, k, 1, 0)
-    return v.pmblimitr & PMBLIMITR_E != 0
+    return read_limit(params(m, i), v) & PMBLIMITR_E != 0
 
 
 @jit
@@ -372,12 +380,30 @@ def read_ring(m: Machine, i: int, k: int) -> None:
             behind = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
             if 0 <= behind < par.ram_pages:
                 tr.cpu_faults += cpu_touch(m, i, behind, 0)
+                _copy_deferred(m, i, k, behind)
     log(m, i, k, READ, ZERO, v.aux_tail, v.aux_head)
     v.aux_tail = v.aux_head
     v.reader_ps = NEVER
     if v.event_active == 0:
         v.event_active = 1
         v.restart = 1
+
+
+@jit
+def _copy_deferred(m: Machine, i: int, k: int, page: int) -> None:
+    """The guest's CPU touches a page that KVM took away to copy its records then (kvm.md P7b): the fault copies."""
+    if host_page(m, i)[page] & DEFERRED == 0:
+        return
+    host_page(m, i)[page] &= ~DEFERRED
+    par = params(m, i)
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    cost = par.cpu_fault_ps + par.copy_out_page_ps + par.map_page_ps
+    tr.deferred_copies += 1
+    tr.copied_bytes += 4096
+    tr.copy_ps += cost
+    tr.hook_total_ps += cost
+    v.host_ps += cost
 
 
 @jit
@@ -397,7 +423,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
             continue  # a guest that freed its own table
         old = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
         if 0 <= old < par.ram_pages:
-            host_page(m, i)[old] = host_page(m, i)[old] & ~ROLE_MASK
+            host_page(m, i)[old] = host_page(m, i)[old] & ~(ROLE_MASK | DEFERRED)  # nobody reads what is left in it
         pool(m, i)[slot, entry] = 0
     for e in range(tlb(m, i, k).shape[0]):
         tlb(m, i, k)[e, 0] = -1

@@ -52,6 +52,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.shadow import read_limit, read_pointer, write_pointer
 from spepolicy.machine.spu import hold_counter, profiling_enabled
 from spepolicy.machine.state import NEVER, LostCause, Machine, Segment
 from spepolicy.machine.trace import GUEST_ACT, log
@@ -83,7 +84,8 @@ def _offset(m: Machine, i: int, k: int) -> int:
     """Return the offset into the AUX buffer of the page that the SPU writes to next."""
     par = params(m, i)
     v = vcpu_row(m, i, k)
-    head = v.pmbptr - v.buffer_va if v.pmblimitr & PMBLIMITR_E != 0 else v.aux_head
+    enabled = read_limit(par, v) & PMBLIMITR_E != 0
+    head = read_pointer(par, v) - v.buffer_va if enabled else v.aux_head
     return head & ((par.buffer_pages << 12) - 1) & ~0xFFF
 
 
@@ -131,7 +133,7 @@ def write_leaf(m: Machine, i: int, va: int, descriptor: int, tlbi: int) -> None:
 @jit
 def _blame_guest(m: Machine, i: int, k: int, page: int) -> None:
     """If stage 2 has nothing for guest page *page* and the buffer is on, the fault that comes is the guest's doing."""
-    if vcpu_row(m, i, k).pmblimitr & PMBLIMITR_E == 0:
+    if read_limit(params(m, i), vcpu_row(m, i, k)) & PMBLIMITR_E == 0:
         return
     slot, entry = ipa_leaf(m, i, (params(m, i).ram_page0 + page) << 12)
     if slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
@@ -320,8 +322,9 @@ def point_beyond_limit(m: Machine, i: int, k: int) -> None:
     """BEYOND_LIMIT: MSR PMBPTR_EL1 with the address in PMBLIMITR_EL1.LIMIT, while the buffer is on."""
     v = vcpu_row(m, i, k)
     access(m, i, k, 1, 0)
-    if v.pmblimitr & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0:
-        v.pmbptr = v.pmblimitr & PMBLIMITR_LIMIT
+    par = params(m, i)
+    if read_limit(par, v) & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0:
+        write_pointer(par, v, read_limit(par, v) & PMBLIMITR_LIMIT)
 
 
 @jit

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Bug",
     "Costs",
     "Cpu",
     "Guest",
@@ -52,6 +53,15 @@ class IrqDelivery(IntEnum):
     NEXT_EXIT = 1  # KVM looks at PMBSR_EL1 at the next exit, whatever its reason
 
 
+class Bug(IntEnum):
+    """A bug of KVM, injected to see whether it can be told from a legitimate fault (DESIGN 3)."""
+
+    NONE = 0
+    SKIP_PAGE = 1  # a page is left out while its range is pinned and mapped; KVM's list says that it is in
+    LEAK_PIN = 2  # a page stays pinned when its set is unpinned
+    MISSED_NOTIFIER = 3  # an MMU notifier does not unmap a page at stage 2
+
+
 class OpType(IntFlag):
     """Operation types as the bits of PMSFCR_EL1's type filter, shifted down (spe.md rule 20: B 0, LD 1, ST 2)."""
 
@@ -74,6 +84,7 @@ class Cpu:
     data_loss_at_boundary: bool = False  # RYZJQX: DL on a fault at a record boundary is IMPLEMENTATION DEFINED
     tlb_entries: int = 16  # SPU TLB entries, direct mapped, power of two
     irq_latency_ps: int = 1_000_000  # S=1 until the core takes PMBIRQ (asynchronous, profiling is already off)
+    fine_grained_traps: bool = False  # FEAT_FGT: KVM can trap ERET and PMBIDR_EL1
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class Guest:
     irq_handler_ps: int = 2_000_000  # rest of the handler
     reader_latency_ps: int = 200_000_000  # AUX wakeup until perf has the data
     reader_bytes_per_us: int = 1000  # perf copies the AUX data to its file at this rate
+    paravirtual: bool = False  # the SPE driver tells KVM by a hypercall which buffer it is about to use
     renew_ps: int = 0  # mean guest time between perf sessions: a new one has new AUX pages behind the same VA; 0: never
     # What the guest does that it should not, of each vCPU: (GuestAct, mean interval in ps of guest time or 0, guest
     # time in ps at which it happens once or 0, Moment, 1 with a TLBI, pages)
@@ -117,6 +129,9 @@ class Kvm:
     memlock_pages: int = 2048  # RLIMIT_MEMLOCK of the VMM
     memlock_unlimited: bool = False  # CAP_IPC_LOCK
     irq_delivery: IrqDelivery = IrqDelivery.FORCED_EXIT
+    guest_memfd: bool = True  # the kernel can back a VM by a guest_memfd and map it before the VM runs
+    bug: Bug = Bug.NONE
+    bug_rate_q16: int = 655  # chance a page that the bug strikes
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,8 @@ class Costs:
     map_page_ps: int = 500_000  # one stage 2 leaf, with the lock
     swap_in_ps: int = 60_000_000  # one page from swap
     copy_page_ps: int = 1_000_000  # break of a copy-on-write or KSM page
+    copy_out_page_ps: int = 500_000  # 4 KiB of records from KVM's own SPE buffer to the guest's
+    vmm_exit_ps: int = 20_000_000  # one exit to the VMM and back, with what it does there
     cpu_fault_ps: int = 4_000_000  # an ordinary stage 2 fault of the vCPU, when it zeroes new AUX pages
 
 

@@ -30,7 +30,18 @@ from spepolicy.arch.registers import (
 )
 from spepolicy.jit import jit
 from spepolicy.machine.draw import draw
-from spepolicy.machine.host import FRAME, GONE_GUEST, GONE_HOST, GONE_MASK, GONE_MIGRATION, GONE_SHIFT
+from spepolicy.machine.host import (
+    FRAME,
+    GONE_BUG,
+    GONE_GUEST,
+    GONE_HOST,
+    GONE_MASK,
+    GONE_MIGRATION,
+    GONE_NEVER,
+    GONE_SHIFT,
+    PIN_MASK,
+    SKIPPED,
+)
 from spepolicy.machine.rows import (
     alias_outcome,
     alias_threshold,
@@ -77,12 +88,14 @@ _GUEST = int(LostCause.STAGE2_GUEST)
 _HOST = int(LostCause.STAGE2_HOST)
 _MIGRATION = int(LostCause.STAGE2_MIGRATION)
 _GUEST_ERROR = int(LostCause.GUEST_ERROR)
+_KVM_BUG = int(LostCause.STAGE2_KVM_BUG)
 
 # True causes as spepolicy.hookspecs.Cause numbers them.
 _CAUSE_NOT_PINNED = 1
 _CAUSE_GUEST = 2
 _CAUSE_HOST = 3
 _CAUSE_MIGRATION = 5
+_CAUSE_KVM_BUG = 4
 
 # Bytes of a record before padding, without context and PA packets (spe.md 4.6), by OpType & 7.
 _SIZES = (36, 45, 45, 45, 43, 45, 45, 45)
@@ -159,6 +172,10 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     page = va >> 12
+    if par.own_buffer != 0:
+        # Rule 30: the owner's regime, EL2&0, whose tables map KVM's own buffer for good.
+        v.tlb_page = page
+        return 0
     e = page & par.tlb_mask
     if tlb(m, i, k)[e, 0] != page:
         # Privileged even at EL0, and PAN does not count (rule 30).
@@ -194,11 +211,14 @@ def _true_cause(m: Machine, i: int, status: int, ipa: int) -> int:
     page = (ipa >> 12) - par.ram_page0
     if page < 0 or page >= par.ram_pages:
         return _CAUSE_GUEST  # the guest's own tables point outside its memory
-    gone = (host_page(m, i)[page] & GONE_MASK) >> GONE_SHIFT
+    word = host_page(m, i)[page]
+    gone = (word & GONE_MASK) >> GONE_SHIFT
     if gone == GONE_HOST:
         return _CAUSE_HOST
     if gone == GONE_GUEST:
         return _CAUSE_GUEST
+    if gone == GONE_BUG or (gone == GONE_NEVER and word & SKIPPED != 0 and word & PIN_MASK == 0):
+        return _CAUSE_KVM_BUG
     return _CAUSE_MIGRATION if gone == GONE_MIGRATION else _CAUSE_NOT_PINNED
 
 
@@ -219,6 +239,8 @@ def _fault(m: Machine, i: int, k: int, status: int, address: int, cut: int, at_p
             cause = _GUEST
         elif tr.fault_cause == _CAUSE_MIGRATION:
             cause = _MIGRATION
+        elif tr.fault_cause == _CAUSE_KVM_BUG:
+            cause = _KVM_BUG
         tr.stage2_faults += 1
     elif status == FSC_EXTERNAL_ABORT:
         syndrome |= (EC_STAGE1 << PMBSR_EC_SHIFT) | PMBSR_EA  # rule 42

@@ -69,9 +69,17 @@ _PARAMS = [
     "map_page_ps",
     "swap_in_ps",
     "copy_page_ps",
+    "copy_out_page_ps",
+    "vmm_exit_ps",
     "cpu_fault_ps",
     "trap_pmb",
     "trap_pms",
+    "hidden",
+    "fine_grained_traps",
+    "own_buffer",
+    "paravirtual",
+    "bug",
+    "bug_rate_q16",
     "hooks",
     "notifier_filter",
     "host_kind",
@@ -88,6 +96,7 @@ _PARAMS = [
 # VM: what the vCPUs of a lane share.
 _VM = """
 key_host            hash key of the host's random draws
+key_bug             hash key of the draws that decide where an injected bug of KVM strikes
 started             vm_created has been called
 finished            all vCPUs have run for duration_ps
 hook                HOOK_* that the lane waits for, 0 if none
@@ -111,6 +120,11 @@ pinned_pages        pins held by KVM now (pages, counted once per pin)
 pinned_peak_pages
 pinned_since_ps     host time of the last change of pinned_pages
 pinned_page_ps      integral of pinned_pages over host time, in page x 1000 ps
+locked_pages        pages that the VMM has mlock()ed: they count against the memlock limit beside the pins
+own_pages           pages of host memory that KVM holds as SPE buffers of its own
+guest_memfd         1: guest RAM is in a guest_memfd, which the host's memory management does not touch
+bug_draws           counter of key_bug
+leaked_pins         pins that KVM forgot because of an injected bug
 pin_calls           pages pinned in total
 pin_refused         pages refused by the memlock limit
 stale_pins          pinned pages that the host replaced behind the pin
@@ -132,6 +146,13 @@ pmbptr              PMBPTR_EL1
 pmblimitr           PMBLIMITR_EL1
 pmbsr               PMBSR_EL1 of the hardware
 guest_pmbsr         PMBSR_EL1 as the guest reads it
+shadow_ptr          PMBPTR_EL1 as the guest wrote it, while KVM owns the buffer (E2PB=0b00)
+shadow_limit        PMBLIMITR_EL1 as the guest wrote it, while KVM owns the buffer
+own_from            where in KVM's own buffer the bytes begin that have not been copied out
+eret_trap           1: HFGITR_EL2.ERET, the vCPU's returns to EL0 trap
+eret_due            1: one has just trapped
+eret_pending        1: KVM looks at the write after which the guest returns to EL0
+timer_ps            host time at which the policy's timer fires, NEVER if it is not set
 key_program         hash keys of this vCPU's random streams
 key_sample
 key_kvm
@@ -198,6 +219,10 @@ buffer_generation   which set of IPA pages stands behind it
 pin_count           pages in the list of pins, the current set
 pin_fresh           pages in the list under construction
 pin_list            which of the two lists is current
+pin_lo              VA range that the current set was pinned for
+pin_hi
+walk_lo             VA range of the list under construction
+walk_hi
 walk_status         0, or the stage 1 fault status of the first page that is not mapped
 answered            1: the policy answered the fault; 2: by injecting
 claim               Cause claimed for the last fault, -1 if none
@@ -259,10 +284,18 @@ injected_impdef     events told to the guest, by Event
 injected_external
 injected_stage1
 injected_stage2
+injected_full
+injected_too_large
 forged_loss         DL=1 told to the guest although no record was cut
 resumed_cut         faults with DL=1 that were resumed: a cut record stays in the stream
 refused             sessions that the policy refused for the memlock limit
 digest              hash over all records written, in order
+copies              times that KVM copied its own buffer out to the guest's
+copied_bytes        bytes of these
+deferred_copies     pages copied when the guest read them
+copy_ps             host time of all of these, part of hook_total_ps
+announced           calls by which the guest announced a buffer
+eret_traps          returns to EL0 that trapped
 cpu_faults          stage 2 faults of the guest's CPU on AUX pages, as perf reads them or the kernel zeroes them
 first_fault_ps      host time of the first stage 2 fault, NEVER if none
 first_fault_va
@@ -321,6 +354,12 @@ class Hook(IntEnum):
     STAGE2_FAULT = 5
     VM_DESTROYED = 6
     LOG_FULL = 7  # not a hook: the driver empties the window log
+    USER_PROFILING_ARMED = 8
+    ERET = 9
+    OWN_BUFFER_FULL = 10
+    BUFFER_STOPPING = 11
+    TIMER = 12
+    BUFFER_ANNOUNCED = 13
 
 
 class Segment(IntEnum):

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.arch.registers import (
+    BSC_FULL,
+    BSC_TOO_LARGE,
     EC_IMPDEF,
     EC_STAGE1,
     FSC_EXTERNAL_ABORT,
     FSC_TRANSLATION,
+    PMBLIMITR_E,
     PMBSR_COLL,
     PMBSR_DL,
     PMBSR_EA,
@@ -23,9 +26,20 @@ from spepolicy.arch.registers import (
     PMBSR_S,
 )
 from spepolicy.jit import entry, jit, widen
-from spepolicy.machine.host import FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED, map_page
+from spepolicy.machine.host import (
+    FRAME,
+    HOLE,
+    NOTIFIED,
+    PIN_MASK,
+    PIN_ONE,
+    PRESENT,
+    SHARED,
+    SKIPPED,
+    bug_strikes,
+    map_page,
+)
 from spepolicy.machine.kvm import inject
-from spepolicy.machine.pagetables import ipa_middle, va_leaf
+from spepolicy.machine.pagetables import ipa_leaf, ipa_middle, va_leaf
 from spepolicy.machine.rows import (
     claims,
     frames,
@@ -38,6 +52,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.scenario import Bug
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.machine.trace import CLAIMED, MAPPED, PINNED, RESUMED, UNPINNED, WALKED, ZERO, log
@@ -55,11 +70,21 @@ _STAGE1_FAULT = int(LostCause.STAGE1_FAULT)
 PIN_OK, PIN_OVER_LIMIT, PIN_NO_PAGE = range(3)
 
 # spepolicy.hookspecs.Event
-_EVENT_STAGE1, _EVENT_STAGE2, _EVENT_EXTERNAL, _EVENT_IMPDEF = range(1, 5)
+_EVENT_STAGE1, _EVENT_STAGE2, _EVENT_EXTERNAL, _EVENT_IMPDEF, _EVENT_FULL, _EVENT_TOO_LARGE = range(1, 7)
+
+# What `look` finds out.
+LOOK_MISSING = 1  # a page is not mapped at stage 2 as the walk needs it
+LOOK_TABLE = 2  # it is a stage 1 table, not the buffer
+LOOK_LISTED = 4  # it is in the list of pages that KVM pinned for this vCPU
+LOOK_NOTIFIED = 8  # KVM's notifier handler unmapped it
+LOOK_IN_RANGE = 16  # the faulting VA is in the range that KVM pinned
+
+_SKIP_PAGE = int(Bug.SKIP_PAGE)
+_LEAK_PIN = int(Bug.LEAK_PIN)
 
 
 @jit
-def _charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
+def charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     v.host_ps += cost_ps
@@ -67,7 +92,7 @@ def _charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
 
 
 @jit
-def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
+def account_pins(vm: Any, pages: int, now_ps: int) -> None:
     """Change the number of pinned pages; carry its integral over time on (in page x 1000 ps, to stay below 2**63)."""
     elapsed = max(now_ps - vm.pinned_since_ps, 0)
     vm.pinned_page_ps += vm.pinned_pages * (elapsed // 1000)
@@ -77,7 +102,7 @@ def _account_pins(vm: Any, pages: int, now_ps: int) -> None:
 
 
 @jit
-def _leaf_status(descriptor: int) -> int:
+def leaf_status(descriptor: int) -> int:
     """Say whether software finds a page behind a stage 1 descriptor that the SPU may write to."""
     if descriptor & VALID == 0:
         return STAGE1 | FSC_TRANSLATION | 3
@@ -110,9 +135,9 @@ def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
 
 
 @entry
-def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: int) -> Ints:
+def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: int, one_range: int) -> Ints:
     """Walk the guest's stage 1 for the pages of [lo, hi) in software and list the guest pages. Return 0 or the first
-    failure's status.
+    failure's status. With *one_range* the list ends where the IPA stops being contiguous.
     """
     status = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
@@ -125,6 +150,9 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         reads = 0
         table = -1
         slot = -1
+        before = widen(-1)
+        v.walk_lo = lo[n]
+        v.walk_hi = lo[n]
         for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
             va = page << 12
             if va >> 21 != table:
@@ -136,25 +164,29 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
             else:
                 reads += 1
             descriptor = pool(m, i)[slot, page & 511] if slot >= 0 else 0
-            status[n] = _leaf_status(descriptor)
+            status[n] = leaf_status(descriptor)
             guest_page = ((descriptor & OA_MASK) >> 12) - par.ram_page0
             if status[n] == 0 and (guest_page < 0 or guest_page >= par.ram_pages):
                 status[n] = STAGE1 | FSC_TRANSLATION | 3  # points outside the VM's memory: nothing to pin
             if status[n] != 0 or count >= fresh.shape[0]:
                 break
+            if one_range != 0 and before >= 0 and guest_page != before + 1:
+                break
+            before = guest_page
             fresh[count] = guest_page
             count += 1
+            v.walk_hi = (page + 1) << 12
         v.pin_fresh = count
         v.walk_status = status[n] & (FSC_MASK | STAGE1)
         log(m, i, k, WALKED, v.walk_status, count, ZERO)
-        _charge(m, i, k, reads * par.walk_read_ps)
+        charge(m, i, k, reads * par.walk_read_ps)
     return status
 
 
 @entry
-def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
+def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints, ignore_limit: int) -> Ints:
     """Pin the pages that the last walk listed (FOLL_WRITE | FOLL_LONGTERM) and map them writable at stage 2. Return
-    PIN_* each.
+    PIN_* each. *ignore_limit*: the VMM has just raised its limit.
     """
     result = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
@@ -164,20 +196,20 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         par = params(m, i)
         v = vcpu_row(m, i, k)
         fresh = pins(m, i, k)[1 - v.pin_list]
-        if vm.pinned_pages + v.pin_fresh > par.memlock_pages:
+        if ignore_limit == 0 and vm.pinned_pages + vm.locked_pages + v.pin_fresh > par.memlock_pages:
             vm.pin_refused += v.pin_fresh
             log(m, i, k, PINNED, PIN_OVER_LIMIT, v.pin_fresh, ZERO)
             v.pin_fresh = 0
             result[n] = PIN_OVER_LIMIT
             continue
-        done, cost = _pin_pages(m, i, fresh, v.pin_fresh)
+        done, cost = pin_pages(m, i, fresh, v.pin_fresh)
         if done < v.pin_fresh:
             result[n] = PIN_NO_PAGE
         vm.pin_calls += done
-        _account_pins(vm, done, v.now_ps + v.host_ps)
+        account_pins(vm, done, v.now_ps + v.host_ps)
         v.pin_fresh = done
         log(m, i, k, PINNED, result[n], done, ZERO)
-        _charge(m, i, k, cost)
+        charge(m, i, k, cost)
         if result[n] != PIN_OK:
             _unpin_list(m, i, k, 1 - v.pin_list, done)
             v.pin_fresh = 0
@@ -185,7 +217,7 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
 
 
 @jit
-def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple[int, int]:
+def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple[int, int]:
     """Pin and map the first *count* of *pages*. Return how many there were to pin, and the cost in ps."""
     vm = vm_row(m, i)
     par = params(m, i)
@@ -198,6 +230,9 @@ def _pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tupl
     for n in range(count):
         page = widen(pages[n])
         word = words[page]
+        if par.bug == _SKIP_PAGE and word & (PIN_MASK | SKIPPED) == 0 and bug_strikes(m, i):
+            words[page] |= SKIPPED  # KVM believes that it has pinned and mapped it
+            continue
         ipa = (ram_page0 + page) << 12
         if ipa >> 30 != region or middle < 0:
             region = ipa >> 30
@@ -226,14 +261,20 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
     v = vcpu_row(m, i, k)
     pages = pins(m, i, k)[which]
     words = host_page(m, i)
+    leaked = 0
     for n in range(count):
         page = widen(pages[n])
-        if words[page] & PIN_MASK != 0:
+        if words[page] & SKIPPED != 0:
+            words[page] &= ~SKIPPED
+        elif par.bug == _LEAK_PIN and bug_strikes(m, i):
+            leaked += 1
+        elif words[page] & PIN_MASK != 0:
             words[page] -= PIN_ONE
-    _account_pins(vm, -count, v.now_ps + v.host_ps)
+    vm.leaked_pins += leaked
+    account_pins(vm, leaked - count, v.now_ps + v.host_ps)
     if count != 0:
         log(m, i, k, UNPINNED, ZERO, count, ZERO)
-    _charge(m, i, k, count * par.unpin_page_ps)
+    charge(m, i, k, count * par.unpin_page_ps)
 
 
 @entry
@@ -245,6 +286,120 @@ def unpin_previous(m: Machine, lanes: Ints, vcpus: Ints) -> None:
         v.pin_list = 1 - v.pin_list
         v.pin_count = v.pin_fresh
         v.pin_fresh = 0
+        v.pin_lo = v.walk_lo
+        v.pin_hi = v.walk_hi
+
+
+@entry
+def keep_previous(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """Add the freshly pinned pages to the current set; its VA range grows to hold both. Where the list is full, the
+    fresh pages replace the set.
+    """
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        both = pins(m, lanes[n], vcpus[n])
+        if v.pin_count + v.pin_fresh > both.shape[1]:
+            _unpin_list(m, lanes[n], vcpus[n], v.pin_list, v.pin_count)
+            v.pin_count = 0
+        if v.pin_count == 0:
+            v.pin_lo = v.walk_lo
+            v.pin_hi = v.walk_hi
+        for p in range(v.pin_fresh):
+            both[v.pin_list, v.pin_count + p] = both[1 - v.pin_list, p]
+        v.pin_count += v.pin_fresh
+        v.pin_fresh = 0
+        v.pin_lo = min(v.pin_lo, v.walk_lo)
+        v.pin_hi = max(v.pin_hi, v.walk_hi)
+
+
+@entry
+def release_idle(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
+    """Unpin the sets of the other vCPUs of each VM whose buffer is disabled. Return how many pages that were; the time
+    is charged to the vCPU that asked.
+    """
+    released = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        for k in range(params(m, i).vcpus):
+            v = vcpu_row(m, i, k)
+            if k == vcpus[n] or v.pin_count == 0 or v.pmblimitr & PMBLIMITR_E != 0:
+                continue
+            released[n] += v.pin_count
+            before = v.host_ps
+            _unpin_list(m, i, k, v.pin_list, v.pin_count)
+            cost = v.host_ps - before
+            charge(m, i, k, -cost)
+            charge(m, i, vcpus[n], cost)
+            v.pin_count = 0
+    return released
+
+
+@entry
+def set_timer(m: Machine, lanes: Ints, vcpus: Ints, delay_ps: Ints) -> None:
+    """Let each vCPU's timer fire *delay_ps* of host time from now; below 0: never."""
+    for n in range(lanes.shape[0]):
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        v.timer_ps = v.now_ps + v.host_ps + delay_ps[n] if delay_ps[n] >= 0 else NEVER
+
+
+@entry
+def exit_to_vmm(m: Machine, lanes: Ints, vcpus: Ints) -> None:
+    """KVM_RUN returns to the VMM, which does something and enters again."""
+    for n in range(lanes.shape[0]):
+        charge(m, lanes[n], vcpus[n], params(m, lanes[n]).vmm_exit_ps)
+
+
+@entry
+def look(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
+    """Find out what KVM can know of the page that made the SPU fault: the first one on the way from the guest's root
+    table to PMBPTR that stage 2 does not map as the walk needs it. Return LOOK_* bits.
+
+    KVM reads the guest's tables, its own stage 2, its list of pinned pages, and the note that its notifier handler
+    left. Charged as one walk.
+    """
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        k = vcpus[n]
+        v = vcpu_row(m, i, k)
+        par = params(m, i)
+        va = v.pmbptr
+        bits = LOOK_IN_RANGE if v.pin_count != 0 and v.pin_lo <= va < v.pin_hi else 0
+        address = vm_row(m, i).ttbr1 & OA_MASK
+        reads = 0
+        for level in range(5):
+            page = (address >> 12) - par.ram_page0
+            if page < 0 or page >= par.ram_pages:
+                break
+            slot, entry_ = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
+            leaf = pool(m, i)[slot, entry_] if slot >= 0 else 0
+            aged = leaf & AF == 0 and par.hardware_access_flag == 0
+            if leaf & VALID == 0 or aged or (level == 4 and leaf & S2_WRITE == 0):
+                bits |= LOOK_MISSING
+                if level < 4:
+                    bits |= LOOK_TABLE
+                if host_page(m, i)[page] & NOTIFIED != 0:
+                    bits |= LOOK_NOTIFIED
+                listed = pins(m, i, k)[v.pin_list]
+                for p in range(v.pin_count):
+                    if listed[p] == page:
+                        bits |= LOOK_LISTED
+                        break
+                break
+            if level == 4:
+                break
+            held = find(frames(m, i), host_page(m, i)[page] & FRAME)
+            if held < 0:
+                break
+            reads += 1
+            entry_ = (va >> level_shift(regime_row(m, i, UPPER), level)) & 511
+            descriptor = pool(m, i)[held, entry_]
+            if descriptor & VALID == 0:
+                break
+            address = descriptor & OA_MASK
+        charge(m, i, k, reads * par.walk_read_ps)
+        result[n] = bits
+    return result
 
 
 @entry
@@ -278,49 +433,8 @@ def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
             cost += paid
         log(m, i, k, MAPPED, failed[n], v.pin_fresh, ZERO)
         v.pin_fresh = 0
-        _charge(m, i, k, cost + (vm.stage2_maps - before) * par.map_page_ps)
+        charge(m, i, k, cost + (vm.stage2_maps - before) * par.map_page_ps)
     return failed
-
-
-@entry
-def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
-    """Pin all RAM of each VM and map it at stage 2. Return PIN_* each. The time is start-up time."""
-    result = np.zeros(lanes.shape[0], dtype=np.int64)
-    for n in range(lanes.shape[0]):
-        i = lanes[n]
-        vm = vm_row(m, i)
-        par = params(m, i)
-        if ignore_limit == 0 and vm.pinned_pages + par.ram_pages > par.memlock_pages:
-            vm.pin_refused += par.ram_pages
-            result[n] = PIN_OVER_LIMIT
-            continue
-        everything = np.arange(par.ram_pages).astype(np.int32)
-        done, cost = _pin_pages(m, i, everything, par.ram_pages)
-        vm.startup_ps += cost
-        vm.pin_calls += done
-        _account_pins(vm, done, 0)
-        log(m, i, ZERO, PINNED, ZERO, done, ZERO)
-        if done < par.ram_pages:
-            result[n] = PIN_NO_PAGE
-    return result
-
-
-@entry
-def unpin_all(m: Machine, lanes: Ints) -> None:
-    """Drop every pin on the memory of each VM."""
-    for n in range(lanes.shape[0]):
-        i = lanes[n]
-        vm = vm_row(m, i)
-        words = host_page(m, i)
-        for page in range(words.shape[0]):
-            words[page] &= ~PIN_MASK
-        end = 0
-        for k in range(params(m, i).vcpus):
-            v = vcpu_row(m, i, k)
-            v.pin_count = 0
-            end = max(end, v.now_ps + v.host_ps)
-        log(m, i, ZERO, UNPINNED, ZERO, vm.pinned_pages, ZERO)
-        _account_pins(vm, -vm.pinned_pages, end)
 
 
 @entry
@@ -342,6 +456,12 @@ def tell_guest(m: Machine, lanes: Ints, vcpus: Ints, event: int, data_loss: int)
         elif event == _EVENT_EXTERNAL:
             syndrome |= (EC_STAGE1 << PMBSR_EC_SHIFT) | FSC_EXTERNAL_ABORT | PMBSR_EA
             tr.injected_external += 1
+        elif event == _EVENT_FULL:
+            syndrome |= BSC_FULL
+            tr.injected_full += 1
+        elif event == _EVENT_TOO_LARGE:
+            syndrome |= BSC_TOO_LARGE
+            tr.injected_too_large += 1
         else:
             syndrome |= EC_IMPDEF << PMBSR_EC_SHIFT
             tr.injected_impdef += 1
@@ -394,4 +514,4 @@ def release_all(m: Machine, lanes: Ints) -> None:
         for k in range(params(m, lanes[n]).vcpus):
             v = vcpu_row(m, lanes[n], k)
             end = max(end, v.now_ps + v.host_ps)
-        _account_pins(vm, 0, end)
+        account_pins(vm, 0, end)

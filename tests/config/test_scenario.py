@@ -48,7 +48,7 @@ def test_the_default_is_what_the_files_say(composed: Composed) -> None:
     [
         (Cpu, [CpuSettings], set()),
         (Guest, [GuestSettings, FilterSettings], {"type_filter", "event_filter", "acts"}),
-        (Kvm, [KvmSettings], {"memlock_unlimited"}),
+        (Kvm, [KvmSettings], {"memlock_unlimited", "bug_rate_q16"}),
         (Costs, [CostSettings], set()),
     ],
 )

@@ -10,8 +10,10 @@ import pytest
 
 from spepolicy import batch
 from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
+from spepolicy.plugins import installed_policies
 from spepolicy.testing import CHECKS
 
+from . import policies
 from .pages import ROOT
 
 GUIDE = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
@@ -19,6 +21,8 @@ OFFERED = {
     "Vcpus": (batch.Vcpus,),
     "WalkResult": (batch.WalkResult,),
     "PinResult": (batch.PinResult,),
+    "CopyResult": (batch.CopyResult,),
+    "Evidence": (batch.Evidence,),
     "Vms": (batch.Vms,),
 }
 
@@ -51,6 +55,19 @@ def test_no_hook_is_described_that_does_not_exist() -> None:
 def test_the_order_of_calls_names_every_hook() -> None:
     order = GUIDE.partition("\n## How hooks are called\n")[2].partition("\n## ")[0]
     assert set(hooks()) <= set(re.findall(r"`(\w+)`", order))
+
+
+def test_the_table_of_policies_is_what_their_docstrings_say() -> None:
+    """`python -m tests.docs.policies` writes it again."""
+    assert policies.shown() == policies.table()
+
+
+@pytest.mark.parametrize("name", sorted(installed_policies()))
+def test_the_docstring_of_a_policy_says_what_it_must(name: str) -> None:
+    """Mechanism, source, what it needs, costs and failures, each with something said."""
+    parts = policies.parts_of(installed_policies()[name].cls)
+    assert tuple(parts) == policies.PARTS
+    assert all(len(part) > 3 for part in parts.values())
 
 
 @pytest.mark.parametrize("name", OFFERED)

@@ -29,7 +29,7 @@ def tool(bench: Bench, name: str, *arguments: Any) -> Any:
 def walk(bench: Bench, first: int, last: int, tables: bool = False) -> int:
     """Walk buffer pages first..last-1; return the status."""
     lo, hi = (np.array([bench.start + n * PAGE]) for n in (first, last))
-    return int(tool(bench, "walk_stage1", lo, hi, int(tables))[0])
+    return int(tool(bench, "walk_stage1", lo, hi, int(tables), 0)[0])
 
 
 class Pins(RuleBasedStateMachine):
@@ -50,7 +50,7 @@ class Pins(RuleBasedStateMachine):
         wanted = self.pages[first:last]
         assert walk(self.bench, first, last) == 0
         gone = any(int(self.bench.m.host_page[0, page]) & module("machine.host").HOLE for page in wanted)
-        status = int(tool(self.bench, "pin_fresh")[0])
+        status = int(tool(self.bench, "pin_fresh", 0)[0])
         if len(self.current) + len(wanted) > LIMIT:
             assert status == OVER_LIMIT
         elif gone:
@@ -100,7 +100,7 @@ def test_pinned_page_time_is_the_integral_over_host_time() -> None:
     for cost in ("walk_read_ps", "pin_page_ps", "unpin_page_ps"):
         setattr(bench.par, cost, 0)
     walk(bench, 0, 3)
-    tool(bench, "pin_fresh")
+    tool(bench, "pin_fresh", 0)
     tool(bench, "unpin_previous")
     bench.v.now_ps += 5_000_000
     bench.v.host_ps += 2_000_000
@@ -123,7 +123,7 @@ def test_costs_are_charged_for_what_is_done() -> None:
         return int(v.host_ps) - before
 
     assert cost(lambda: walk(bench, 0, 4)) == (4 + 3) * par.walk_read_ps
-    assert cost(lambda: tool(bench, "pin_fresh")) == 4 * par.pin_page_ps
+    assert cost(lambda: tool(bench, "pin_fresh", 0)) == 4 * par.pin_page_ps
     tool(bench, "unpin_previous")
     assert cost(lambda: tool(bench, "unpin_current")) == 4 * par.unpin_page_ps
     for op, more in ((HostOp.MPROTECT, 0), (HostOp.RECLAIM, par.swap_in_ps), (HostOp.KSM, par.copy_page_ps)):

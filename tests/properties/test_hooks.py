@@ -16,8 +16,18 @@ import pytest
 
 from spepolicy.batch import Vcpus, Vms
 from spepolicy.drivers.simulate import Result, simulate
-from spepolicy.errors import HookError, PluginError
-from spepolicy.hookspecs import Cause, Event, ObserverSpec, PolicySpec, ReporterSpec, Trap, hookimpl
+from spepolicy.errors import HookError, PluginError, UnsupportedPolicyError
+from spepolicy.hookspecs import (
+    Cause,
+    Event,
+    ObserverSpec,
+    Ownership,
+    Platform,
+    PolicySpec,
+    ReporterSpec,
+    Trap,
+    hookimpl,
+)
 from spepolicy.machine.hostops import HostOp, Notifier
 from spepolicy.machine.scenario import Cpu, Host
 from spepolicy.machine.state import LostCause
@@ -217,7 +227,7 @@ def test_hook_stage2_fault() -> None:
     )
 
 
-@pytest.mark.parametrize("event", [event for event in Event if event != Event.STAGE2_ABORT])
+@pytest.mark.parametrize("event", [event for event in Event if event not in (Event.STAGE2_ABORT, Event.BUFFER_FULL)])
 @pytest.mark.parametrize("loss", [False, True])
 def test_hook_stage2_fault__told_to_the_guest(event: Event, loss: bool) -> None:
     """Linux answers every event but buffer full by switching SPE off; only DL makes perf know (spe.md 3.4)."""
@@ -234,6 +244,7 @@ def test_hook_stage2_fault__told_to_the_guest(event: Event, loss: bool) -> None:
         Event.STAGE1_ABORT: "injected_stage1",
         Event.EXTERNAL_ABORT: "injected_external",
         Event.IMPDEF: "injected_impdef",
+        Event.TOO_LARGE: "injected_too_large",
     }
     assert result.truth[told[event]].sum() == faults
 
@@ -422,3 +433,192 @@ def test_cut_records_discard_what_the_handle_holds() -> None:
         recorder = Recorder(answer=Event.IMPDEF, data_loss=True)
         result = run(recorder, cpu=Cpu(align_bytes=align), host=SCANS, duration_ps=6 * MS, lanes=8)
         assert bool(result.truth["discarded"].sum()) is discards
+
+
+# ---- hooks of single policies ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Picky:
+    """Run on machines with FEAT_FGT only, and remember what it was told of the machine."""
+
+    seen: list[Platform] = field(default_factory=list)
+
+    @hookimpl
+    def supports(self, platform: Platform) -> str | None:
+        self.seen.append(platform)
+        return None if platform.fine_grained_traps else "it needs FEAT_FGT (cpu.fine_grained_traps=false)"
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.inject(Event.IMPDEF)
+
+
+def test_hook_supports() -> None:
+    """Asked before anything runs, with what the VMM knows; a reason ends the run."""
+    picky = Picky()
+    with pytest.raises(UnsupportedPolicyError, match="policy 'picky' cannot run on this machine: it needs FEAT_FGT"):
+        simulate(scenario(), picky, name="picky", replicates=[0])
+    able = scenario(cpu=Cpu(fine_grained_traps=True, spe_version=4), host=SCANS)
+    assert simulate(able, picky, name="picky", replicates=[0]).finished.all()
+    first, last = picky.seen[0], picky.seen[-1]
+    assert (first.memory_pages, first.memlock_pages, first.vcpus) == (1024, 64, 1)
+    assert not first.numa_balancing
+    assert last.numa_balancing
+    assert last.spe_version == 4
+
+
+@dataclass
+class Owning:
+    """Own the buffer as *owner* says; write down which hooks are called, and with which registers."""
+
+    owner: Ownership = Ownership.KVM
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    @hookimpl
+    def ownership(self) -> Ownership:
+        return self.owner
+
+    @hookimpl
+    def buffer_enabled(self, vcpus: Vcpus) -> None:
+        assert (vcpus.pmblimitr & 1 == 1).all()
+        assert (vcpus.buffer_hi > vcpus.buffer_lo).all()
+        vcpus.start_own_buffer(1)
+
+    @hookimpl
+    def own_buffer_full(self, vcpus: Vcpus) -> None:
+        self.calls.append(("own_buffer_full", len(vcpus)))
+        before = vcpus.pmbptr
+        done = vcpus.copy_out()
+        assert (vcpus.pmbptr > before).all()
+        done.room.start_own_buffer(1)
+        done.full.inject(Event.BUFFER_FULL)
+
+    @hookimpl
+    def buffer_stopping(self, vcpus: Vcpus) -> None:
+        self.calls.append(("buffer_stopping", len(vcpus)))
+        assert (vcpus.pmblimitr & 1 == 1).all(), "the guest's write is what trapped: it has not taken effect"
+        assert (vcpus.pmscr == 0).all()
+        vcpus.copy_out()
+
+
+def test_hook_ownership() -> None:
+    """KVM: the SPU never faults and the guest gets its records; NOBODY: it has no SPE."""
+    unmapped = scenario(guest=guest(buffer_mapped=False), host=SCANS)
+    own, none = (
+        simulate(unmapped, Owning(owner), name="o", replicates=range(3)) for owner in (Ownership.KVM, Ownership.NOBODY)
+    )
+    assert own.truth["stage2_faults"].sum() == 0
+    assert (own.truth["kept"] > 100).all()
+    assert none.truth["selected"].sum() == none.truth["traps"].sum() == 0
+    with pytest.raises(HookError, match="returned 1"):
+        simulate(unmapped, Owning(1), name="o", replicates=[0])  # type: ignore[arg-type]
+
+
+def test_hook_own_buffer_full() -> None:
+    """Once each time that KVM's page is full, after the exit; the guest's driver sees its own buffer full only."""
+    owning = Owning()
+    result = simulate(scenario(guest=ROOMY), owning, name="o", replicates=range(3))
+    called = sum(size for name, size in owning.calls if name == "own_buffer_full")
+    assert 0 <= result.truth["buffer_full"].sum() - called <= 3
+    assert result.truth["fatal"].sum() == 0
+
+
+def test_hook_buffer_stopping() -> None:
+    """Once each time that the guest clears E while KVM's buffer runs, after the drain, before PMBPTR is read."""
+    owning = Owning()
+    result = simulate(scenario(guest=ROOMY), owning, name="o", replicates=range(3))
+    stops = sum(size for name, size in owning.calls if name == "buffer_stopping")
+    assert stops > 10
+    assert stops <= result.truth["sessions"].sum()
+    assert (result.truth["written"] == result.truth["kept"]).all(), "every record was copied before the guest looked"
+
+
+@dataclass
+class Timed:
+    """Arm ERET traps, set timers, and write down when the hooks of both come."""
+
+    arm: bool = False
+    delay_us: int = 0
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    announced: list[Any] = field(default_factory=list)
+
+    @hookimpl
+    def traps(self) -> Trap:
+        return Trap.PMB | Trap.PMS
+
+    @hookimpl
+    def buffer_announced(self, vcpus: Vcpus) -> None:
+        self.calls.append(("buffer_announced", len(vcpus)))
+        self.announced.append((vcpus.announced_lo, vcpus.announced_hi))
+
+    @hookimpl
+    def user_profiling_armed(self, vcpus: Vcpus) -> None:
+        self.calls.append(("user_profiling_armed", len(vcpus)))
+        assert (vcpus.pmscr & 3 == 1).all()
+        assert (vcpus.pmblimitr & 1 == 1).all()
+        if self.arm:
+            vcpus.trap_eret(True)
+        if self.delay_us:
+            vcpus.set_timer(self.delay_us * 1000)
+
+    @hookimpl
+    def eret(self, vcpus: Vcpus) -> None:
+        self.calls.append(("eret", len(vcpus)))
+        vcpus.trap_eret(False)
+
+    @hookimpl
+    def timer(self, vcpus: Vcpus) -> None:
+        self.calls.append(("timer", len(vcpus)))
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.inject(Event.IMPDEF)
+
+    def count(self, hook: str) -> int:
+        return sum(size for name, size in self.calls if name == hook)
+
+
+def test_hook_buffer_announced() -> None:
+    """A paravirtual guest calls with the range of each new ring; others never do."""
+    for paravirtual in (False, True):
+        timed = Timed()
+        calling = scenario(guest=guest(paravirtual=paravirtual, renew_ps=400 * US))
+        result = simulate(calling, timed, name="t", replicates=range(3), threads=1)
+        assert timed.count("buffer_announced") == result.truth["announced"].sum()
+        assert (timed.count("buffer_announced") > 3) == paravirtual
+        for lo, hi in timed.announced:
+            assert (hi - lo == 4 * 4096).all()
+
+
+def test_hook_user_profiling_armed() -> None:
+    """After a write that leaves {E0SPE,E1SPE} = {1,0} with the buffer on; never with E1SPE."""
+    timed = Timed()
+    simulate(scenario(guest=guest(profile_kernel=False)), timed, name="t", replicates=range(3), threads=1)
+    assert timed.count("user_profiling_armed") > 10
+    both = Timed()
+    simulate(scenario(), both, name="t", replicates=range(3), threads=1)
+    assert both.count("user_profiling_armed") == 0
+
+
+def test_hook_eret() -> None:
+    """The first return to EL0 after the trap was armed, at the price of a trap; without FEAT_FGT arming is an error."""
+    user_only = guest(profile_kernel=False)
+    timed = Timed(arm=True)
+    able = scenario(guest=user_only, cpu=Cpu(fine_grained_traps=True))
+    result = simulate(able, timed, name="t", replicates=range(3), threads=1)
+    assert 0 <= timed.count("user_profiling_armed") - timed.count("eret") <= 3
+    assert timed.count("eret") == result.truth["eret_traps"].sum() > 10
+    with pytest.raises(HookError, match="without FEAT_FGT"):
+        simulate(scenario(guest=user_only), Timed(arm=True), name="t", replicates=[0])
+
+
+def test_hook_timer() -> None:
+    """Fires once for each time that it was set and had run out; one that is set again starts anew."""
+    user_only = scenario(guest=guest(profile_kernel=False))
+    soon, late = Timed(delay_us=1), Timed(delay_us=10_000_000)
+    simulate(user_only, soon, name="t", replicates=range(3), threads=1)
+    simulate(user_only, late, name="t", replicates=range(3), threads=1)
+    assert 0 <= soon.count("user_profiling_armed") - soon.count("timer") <= 3
+    assert soon.count("timer") > 10
+    assert late.count("timer") == 0

@@ -1,0 +1,101 @@
+"""Tools that act on all memory of a VM before it runs, and when it is gone: policies of 2020, 2021 and 2026.
+
+`lanes` is int64[n]; results are int64[n], `PIN_*` of `spepolicy.machine.toolbox`. Their time is start-up time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.jit import entry
+from spepolicy.machine.host import LOCKED, PIN_MASK, SKIPPED, map_page, resident
+from spepolicy.machine.rows import host_page, params, vcpu_row, vm_row
+from spepolicy.machine.state import Machine
+from spepolicy.machine.toolbox import PIN_NO_PAGE, PIN_OVER_LIMIT, account_pins, pin_pages
+from spepolicy.machine.trace import PINNED, UNPINNED, ZERO, log
+
+Ints = NDArray[np.int64]
+
+
+@entry
+def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
+    """Pin all RAM of each VM and map it at stage 2. Return PIN_* each. The time is start-up time."""
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        if ignore_limit == 0 and vm.pinned_pages + vm.locked_pages + par.ram_pages > par.memlock_pages:
+            vm.pin_refused += par.ram_pages
+            result[n] = PIN_OVER_LIMIT
+            continue
+        everything = np.arange(par.ram_pages).astype(np.int32)
+        done, cost = pin_pages(m, i, everything, par.ram_pages)
+        vm.startup_ps += cost
+        vm.pin_calls += done
+        account_pins(vm, done, 0)
+        log(m, i, ZERO, PINNED, ZERO, done, ZERO)
+        if done < par.ram_pages:
+            result[n] = PIN_NO_PAGE
+    return result
+
+
+@entry
+def unpin_all(m: Machine, lanes: Ints) -> None:
+    """Drop every pin on the memory of each VM, but those that KVM has forgotten."""
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        words = host_page(m, i)
+        for page in range(words.shape[0]):
+            words[page] &= ~(PIN_MASK | SKIPPED)
+        end = 0
+        for k in range(params(m, i).vcpus):
+            v = vcpu_row(m, i, k)
+            v.pin_count = 0
+            end = max(end, v.now_ps + v.host_ps)
+        log(m, i, ZERO, UNPINNED, ZERO, vm.pinned_pages - vm.leaked_pins, ZERO)
+        account_pins(vm, vm.leaked_pins - vm.pinned_pages, end)
+
+
+@entry
+def mlock_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
+    """The VMM locks all RAM of each VM: faulted in, VM_LOCKED, counted against RLIMIT_MEMLOCK. No stage 2 entry."""
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        if ignore_limit == 0 and vm.pinned_pages + vm.locked_pages + par.ram_pages > par.memlock_pages:
+            vm.pin_refused += par.ram_pages
+            result[n] = PIN_OVER_LIMIT
+            continue
+        for page in range(par.ram_pages):
+            cost = resident(m, i, page, 1)
+            if cost < 0:
+                result[n] = PIN_NO_PAGE
+                break
+            vm.startup_ps += cost
+            host_page(m, i)[page] = host_page(m, i)[page] | LOCKED
+            vm.locked_pages += 1
+    return result
+
+
+@entry
+def map_all(m: Machine, lanes: Ints) -> Ints:
+    """Map all RAM of each VM at stage 2, writable, without a pin: FINALIZE of RFC v3, KVM_PRE_FAULT_MEMORY of v7."""
+    result = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        i = lanes[n]
+        vm = vm_row(m, i)
+        par = params(m, i)
+        before = vm.stage2_maps
+        for page in range(par.ram_pages):
+            cost = map_page(m, i, page, 1)
+            if cost < 0:
+                result[n] = PIN_NO_PAGE
+                break
+            vm.startup_ps += cost
+        vm.startup_ps += (vm.stage2_maps - before) * par.map_page_ps
+    return result
