@@ -104,10 +104,18 @@ def _shareable(config: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def _report(summary: SweepSummary, path: Path) -> Path | None:
+    """Tables, figures and conclusions on one page."""
+    from spepolicy.lab.sweep.report import write_report
+
+    return write_report(summary, path)
+
+
 WRITERS: dict[str, Writer] = {
     "sweep.json": _sweep,
     "configurations.csv": _configurations,
     "errata.json": _errata,
+    "report.html": _report,
 }
 """File name -> what writes it. Those that find nothing to write return None."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spepolicy.lab.sweep.collect import Outcome
     from spepolicy.lab.sweep.run import SweepSummary
 
-__all__ = ["HEADLINES", "summarize"]
+__all__ = ["HEADLINES", "cell_text", "summarize"]
 
 MOST_ROWS = 40
 HEADLINES = {  # the columns of every overview: metric -> heading
@@ -57,7 +57,7 @@ def _table(summary: SweepSummary) -> list[str]:
     outcomes = list(summary.outcomes.values())
     shown = outcomes[:MOST_ROWS]
     width = max(len("mean +- 95 %"), *(len(outcome.label()) for outcome in shown)) + 2
-    columns = {name: [heading, *(_cell(outcome, name) for outcome in shown)] for name, heading in HEADLINES.items()}
+    columns = {name: [heading, *(cell_text(outcome, name) for outcome in shown)] for name, heading in HEADLINES.items()}
     widths = {name: max(map(len, cells)) + 2 for name, cells in columns.items()}
     rows = []
     for row, label in enumerate(["mean +- 95 %", *(outcome.label() for outcome in shown)]):
@@ -68,7 +68,8 @@ def _table(summary: SweepSummary) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
-def _cell(outcome: Outcome, metric: str) -> str:
+def cell_text(outcome: Outcome, metric: str) -> str:
+    """Return a metric of an outcome as tables show it."""
     if metric not in outcome.values:
         return "-"
     mean, half = outcome.values[metric], outcome.ci95.get(metric, 0.0)
