@@ -53,6 +53,7 @@ class RunRecord:
     metrics: dict[str, float]
     series: list[tuple[str, int, float]]  # metric, step, value
     files: list[str] = field(default_factory=list)  # absolute paths
+    dataset: dict[str, str | None] | None = None  # name, digest, source_type, source, schema, profile, context
     status: str = "FINISHED"  # or KILLED
     start_ms: int = 0
     end_ms: int = 0
@@ -65,6 +66,7 @@ class Tracked:
     uri: str
     experiment_id: str
     run_ids: tuple[str, ...]
+    sweep: str = ""  # the runs are those with this tag `sweep`
 
     def ui_command(self) -> str | None:
         """Return the command that shows the store, None if it is a server that shows itself."""
@@ -84,6 +86,14 @@ class Tracked:
             if urlsplit(self.uri).scheme in ("http", "https")
             else "http://127.0.0.1:5000"
         )
+        if self.sweep:
+            # Sorted by a metric, the table is flat, and the charts draw what the filter leaves.
+            chosen = quote(f"tags.sweep = '{self.sweep}' and tags.kind = 'configuration'")
+            order = quote("metrics.`excess_blackout_pct`")
+            return (
+                f"{base}/#/experiments/{self.experiment_id}/runs?searchFilter={chosen}&orderByKey={order}"
+                "&orderByAsc=true&compareRunsMode=CHART"
+            )
         experiments = quote(json.dumps([self.experiment_id], separators=(",", ":")))
         if len(self.run_ids) == 1:
             return f"{base}/#/experiments/{self.experiment_id}/runs/{self.run_ids[0]}"
@@ -199,23 +209,25 @@ class Tracker:
         if not self._experiment_id and self._readable(0.0):
             self._await_ready()
 
+    def wait_until_ready(self) -> None:
+        """Wait until MLflow has opened its store, or raise `OutputError` that it cannot."""
+        if not self._experiment_id:
+            self._await_ready()
+
     def write(self, records: Sequence[RunRecord]) -> Tracked:
         """Write *records*, one MLflow run each, and return where they are.
 
         The last is written first: MLflow's table shows the newest run on top, and the first record leads.
         """
-        if not self._experiment_id:
-            self._await_ready()
-        ids = []
-        for record in reversed(records):
-            self._send(vars(record))
-            ids.append(str(self._answer("run_id")))
+        self.wait_until_ready()
+        self._send([vars(record) for record in reversed(records)])
+        ids = [str(run_id) for run_id in self._answer("run_ids")]
         return Tracked(self._uri, self._experiment_id, tuple(reversed(ids)))
 
     def _await_ready(self) -> None:
         self._experiment_id = str(self._answer("ready")["experiment_id"])
 
-    def _send(self, content: Mapping[str, Any]) -> None:
+    def _send(self, content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         pipe = self._process.stdin
         assert pipe is not None
         with suppress(BrokenPipeError):  # it has failed, and what it said is there to be read

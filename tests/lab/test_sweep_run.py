@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ import pandas
 import polars
 import pytest
 
-from spepolicy.cli import main
+from .sweeps import SMALL, SWEEP, Run, folder_of
 
-SMALL = ("host=silent", "duration=1ms", "replicates=2", "tracking=none", "guest.memory=64MiB", "baselines=[]")
-SWEEP = ("-m", "+policy=eager_pin,pin_on_fault", "guest.buffer=64KiB,128KiB", "seed=1,2", *SMALL)
 BREAKS = '''
 from dataclasses import dataclass, field
 from spepolicy.hookspecs import Trap, doc, hookimpl
@@ -46,21 +43,6 @@ class Breaks:
         faults.resume()
 '''
 
-Run = Callable[..., "tuple[int, str, str]"]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the program in an empty folder: (status, out, err)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main(arguments)
-        return (status, *capsys.readouterr())
-
-    return call
-
 
 def rows(folder: str | Path = "outputs/store") -> pandas.DataFrame:
     """The rows of a store without what differs from run to run, in one order."""
@@ -75,10 +57,6 @@ def same(one: pandas.DataFrame, other: pandas.DataFrame) -> None:
         frame[text] = frame[text].astype(str)
     assert np.array_equal(np.stack(one.pop(series)), np.stack(other.pop(series)))
     pandas.testing.assert_frame_equal(one, other, check_exact=True)
-
-
-def folder_of(out: str) -> Path:
-    return Path(next(line for line in out.splitlines() if line.startswith("files: ")).removeprefix("files: "))
 
 
 def test_a_sweep_is_listed_run_and_stored_once(run: Run, tmp_path: Path) -> None:

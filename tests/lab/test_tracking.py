@@ -189,3 +189,78 @@ def test_parameters_are_flat_texts() -> None:
         "baselines": '["a", "b"]',
         "long": "y" * 500,
     }
+
+
+DATASET = {
+    "name": "program", "digest": "0123abcd", "source_type": "code", "source": "{}", "schema": None,
+    "profile": '{"functions": 4}', "context": "workload",
+}  # fmt: skip
+
+BOTH_WAYS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import mlflow_writer as writer
+writer._quiet_environment()
+from mlflow.tracking import MlflowClient
+records = json.load(open("records.json"))
+found = []
+for way in (1, 10**9):
+    writer.MANY = way
+    client = MlflowClient(tracking_uri=f"sqlite:///way{way}.db")
+    experiment = writer._experiment(client, "x")
+    fallen_back = writer._write_at_once
+    if way == 1:
+        def fallen_back_is_wrong(*a):
+            ids = fallen_back(*a)
+            assert ids is not None, "MLflow's tables are not as expected"
+            return ids
+        writer._write_at_once = fallen_back_is_wrong
+    half = len(records) // 2
+    ids = []
+    for part in (records[:half], records[half:]):
+        ids += writer._write_runs(client, experiment, part)
+    runs = []
+    for run_id in ids:
+        run = client.get_run(run_id).to_dictionary()
+        info = {k: v for k, v in run["info"].items() if "id" not in k and "uri" not in k}
+        histories = {name: [(m.step, m.value, m.timestamp) for m in client.get_metric_history(run_id, name)]
+                     for name in run["data"]["metrics"]}
+        inputs = run["inputs"]["dataset_inputs"]
+        files = [open(client.download_artifacts(run_id, item.path)).read() for item in client.list_artifacts(run_id)]
+        beside = run["info"]["artifact_uri"].endswith(f"/{run_id}/artifacts")
+        runs.append([info, run["data"], histories, inputs, files, beside])
+    searched = client.search_runs([experiment], "metrics.metric1_pct > 0.1 and params.key = '1' and tags.policy = 'p1'")
+    found.append([runs, [r.info.run_name for r in searched]])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_many_runs_at_once_are_what_the_client_writes(tmp_path: Path) -> None:
+    """MLflow's tables, filled in one transaction, read the same as those that its client filled, run by run."""
+    (tmp_path / "page.md").write_text("a page")
+    records = []
+    for n in range(6):
+        fields = {
+            "tags": {"policy": f"p{n % 3}", "odd": "ö"},
+            "params": {"key": str(n % 2)},
+            "metrics": {f"metric{i}_pct": i / 7 + n for i in range(4)},
+            "series": [("over_time/x", step, step / 3 + n) for step in (0, 5, 10)],
+            "files": [str(tmp_path / "page.md")] if n % 2 else [],
+            "dataset": None if n == 4 else DATASET | {"digest": f"{n % 2}"},
+            "status": "KILLED" if n == 3 else "FINISHED",
+        }
+        records.append(vars(record(f"run {n}", **fields)))
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    import spepolicy.lab
+
+    folder = Path(spepolicy.lab.__file__).parent
+    answer = subprocess.run(
+        [sys.executable, "-c", BOTH_WAYS, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    at_once, one_by_one = json.loads(answer.stdout.splitlines()[-1])
+    assert at_once == one_by_one
+    assert len(at_once[0]) == 6
+    assert at_once[1] == ["run 1"]
+    assert at_once[0][1][4] == ["a page"]

@@ -23,8 +23,9 @@ from spepolicy.lab.sweep.jobs import Configuration, Failure, Job, configurations
 from spepolicy.lab.sweep.listing import Estimate, estimate, listing
 from spepolicy.lab.sweep.progress import Progress
 from spepolicy.lab.sweep.store import Store, now_utc
+from spepolicy.lab.sweep.tracking import Recorder
 from spepolicy.lab.sweep.work import Part, Rows, Task
-from spepolicy.lab.tracking import Tracked
+from spepolicy.lab.tracking import Tracked, TrackingSettings
 
 if TYPE_CHECKING:
     from spepolicy.lab.sweep.engines import Engine
@@ -43,6 +44,7 @@ class SweepPlan:
     folder: Path  # of this sweep: tables, figures, report
     store: Path
     resume: bool
+    tracking: TrackingSettings
     notes: tuple[str, ...] = ()
 
     def name(self) -> str:
@@ -89,16 +91,17 @@ def execute_sweep(plan: SweepPlan, engine: Engine, say: Say, compose_s: float = 
     `SweepSummary.interrupted` is True.
     """
     folder = output.open_folder(plan.folder)
+    plan = dataclasses.replace(plan, folder=folder)
     with Store(plan.store) as store:
-        sweep = _Sweep(dataclasses.replace(plan, folder=folder), engine, store, say)
-        return sweep.run(compose_s)
+        recorder = Recorder(plan, plan.tracking) if plan.tracking.kind != "none" else None
+        return _Sweep(plan, engine, store, recorder, say).run(compose_s)
 
 
 class _Sweep:
     """A sweep under way."""
 
-    def __init__(self, plan: SweepPlan, engine: Engine, store: Store, say: Say) -> None:
-        self.plan, self.engine, self.store, self.say = plan, engine, store, say
+    def __init__(self, plan: SweepPlan, engine: Engine, store: Store, recorder: Recorder | None, say: Say) -> None:
+        self.plan, self.engine, self.store, self.recorder, self.say = plan, engine, store, recorder, say
         self.configurations = configurations_of(plan.jobs) if plan.jobs else {}
         self.collector = Collector(self.configurations)
         self.failed: dict[str, str] = {}  # configuration key -> why lanes of it failed
@@ -108,6 +111,7 @@ class _Sweep:
         self.waiting: list[dict[str, Any]] = []  # rows that are not stored yet
         self.stored_at = time.monotonic()
         self.texts: dict[str, str] = {}  # configuration key -> JSON
+        self.recorded: set[str] = set()  # configurations handed to the recorder
 
     def run(self, compose_s: float) -> SweepSummary:
         """Do it all."""
@@ -226,6 +230,22 @@ class _Sweep:
             first = end
         self.computed += first
         self.waiting.append(columns)
+        self._record({self.configurations[part.configuration].scenario_key for part in rows.parts})
+
+    def _record(self, scenarios: set[str], whole: bool = False) -> None:
+        """Hand every configuration of *scenarios* that has become complete to tracking; with *whole*, any that is left.
+
+        What fails here costs no row: it is told at the end.
+        """
+        if self.recorder is None or self.recorder.error:
+            return
+        for key, configuration in self.configurations.items():
+            if key in self.recorded or configuration.scenario_key not in scenarios:
+                continue
+            complete = self.collector.is_complete(key)
+            if self.collector.count(key) and (complete or whole):
+                self.recorded.add(key)
+                self.recorder.add(self.collector.outcome(key), complete)
 
     def _identified(self, rows: Rows) -> dict[str, Any]:
         """Return the columns of the store for *rows*: what identifies them, the numbers, where they come from."""
@@ -290,6 +310,11 @@ class _Sweep:
         )
         summary.files |= write_artifacts(summary)
         summary.seconds = time.perf_counter() - begin + compose_s
+        if self.recorder is not None:
+            self._record({configuration.scenario_key for configuration in self.configurations.values()}, whole=True)
+            summary.tracked = self.recorder.finish(summary)
+            summary.tracking_error, summary.tracking_s = self.recorder.error, self.recorder.seconds
+            summary.seconds = time.perf_counter() - begin + compose_s
         return summary
 
     def _failed_jobs(self) -> Iterable[Failure]:
@@ -341,10 +366,11 @@ def plan_sweep(jobs: list[Job], failures: list[Failure], folder: Path) -> SweepP
     from spepolicy.lab.sweep.jobs import one_for_all
 
     if not jobs:
-        return SweepPlan([], failures, folder, folder / "store", False)
+        return SweepPlan([], failures, folder, folder / "store", False, TrackingSettings("none"))
     one_for_all(jobs)
     config = jobs[0].config
     settings = config["sweep"]
     store = settings["store"] or Path(config["output"]["dir"]) / "store"
     notes = dict.fromkeys(note for job in jobs for note in host_notes(job.config, job.scenario))
-    return SweepPlan(jobs, failures, folder, Path(store).expanduser(), bool(settings["resume"]), tuple(notes))
+    tracking = TrackingSettings(**jobs[0].options.tracking)
+    return SweepPlan(jobs, failures, folder, Path(store).expanduser(), bool(settings["resume"]), tracking, tuple(notes))

@@ -1,0 +1,94 @@
+"""A sweep in MLflow: flat runs that can be compared, and rows that are safe whatever MLflow does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pandas
+
+from .sweeps import TRACKED, Run, folder_of
+
+READ_BACK = """
+import json, os
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+found = []
+for experiment in client.search_experiments():
+    for run in client.search_runs([experiment.experiment_id]):
+        history = client.get_metric_history(run.info.run_id, "blackout_over_time_ms_per_s")
+        found.append({
+            "experiment": experiment.experiment_id, "name": run.info.run_name, "status": run.info.status,
+            "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics,
+            "steps": [point.step for point in history],
+            "datasets": [(d.dataset.name, [t.value for t in d.tags]) for d in run.inputs.dataset_inputs],
+            "files": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+        })
+print(json.dumps(found))
+"""
+
+
+def read_back(folder: Path) -> list[dict[str, Any]]:
+    answer = subprocess.run(
+        [sys.executable, "-c", READ_BACK], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+    found: list[dict[str, Any]] = json.loads(answer)
+    return found
+
+
+def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path: Path) -> None:
+    status, out, err = run(*TRACKED)
+    assert (status, err) == (0, "")
+    runs = read_back(tmp_path)
+    sweep = "/".join(folder_of(out).parts[-2:])
+    assert {each["tags"]["sweep"] for each in runs} == {sweep}
+    assert not any("mlflow.parentRunId" in each["tags"] for each in runs)
+    (summary,) = [each for each in runs if each["tags"]["kind"] == "summary"]
+    single = [each for each in runs if each["tags"]["kind"] == "configuration"]
+    assert len(single) == 6
+    assert {each["status"] for each in runs} == {"FINISHED"}
+    assert sorted(each["name"] for each in single)[:3] == [
+        "bare_metal buffer=128KiB", "bare_metal buffer=64KiB", "eager_pin buffer=128KiB"
+    ]  # fmt: skip
+    listed = pandas.read_csv(folder_of(out) / "configurations.csv").set_index(["policy", "guest.buffer"])
+    for each in single:
+        assert set(each["params"]) == {"policy", "guest.buffer"}, "only what varies, and the policy"
+        row = listed.loc[(each["params"]["policy"], each["params"]["guest.buffer"])]
+        assert each["metrics"]["stolen_pct"] == row["stolen_pct"]
+        assert each["metrics"].get("ci95/stolen_pct") == row["stolen_pct_ci95"]
+        assert each["metrics"]["lanes"] == 4
+        assert 10 < len(each["steps"]) <= 100
+        assert max(each["steps"]) < 1000, "steps are us of guest time"
+        assert [contexts for _, contexts in each["datasets"]] == [["workload"]]
+        assert each["tags"]["mlflow.source.git.commit"] == each["tags"]["git_commit"]
+    assert {"sweep.json", "configurations.csv", "errata.json"} <= set(summary["files"])
+    assert "eager_pin buffer=64KiB" in summary["tags"]["mlflow.note.content"]
+    link = unquote(next(line.strip() for line in out.splitlines() if "/#/experiments/" in line))
+    assert link.startswith(f"http://127.0.0.1:5000/#/experiments/{summary['experiment']}/runs?")
+    assert f"searchFilter=tags.sweep = '{sweep}' and tags.kind = 'configuration'&" in link
+
+
+def test_an_unreachable_server_costs_no_row(run: Run, tmp_path: Path) -> None:
+    status, out, err = run(*TRACKED, "tracking.uri=http://127.0.0.1:9")
+    assert status == 2
+    assert "tracking store 'http://127.0.0.1:9' cannot be used" in err
+    assert "No result is lost: all rows are in the store 'outputs/store'" in err
+    assert "Traceback" not in err
+    assert len(pandas.read_parquet("outputs/store")) == 24
+    assert (folder_of(out) / "configurations.csv").exists()
+    status, out, _ = run(*TRACKED, "sweep.resume=true")
+    assert status == 0
+    assert "(24 of them from the store)" in out
+    assert len(read_back(tmp_path)) == 7
+
+
+def test_a_store_that_cannot_be_one_is_told_before_anything_runs(run: Run) -> None:
+    status, out, err = run(*TRACKED, "tracking.uri=file:///nowhere")
+    assert status == 2
+    assert "cannot be used" in err
+    assert "lanes" not in out
