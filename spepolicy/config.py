@@ -43,6 +43,7 @@ from spepolicy.schema import (
     FilterSettings,
     GuestSettings,
     KvmSettings,
+    OutputSettings,
     RandomOpSettings,
     Root,
     TrackingSettings,
@@ -69,6 +70,7 @@ class Options:
     threads: int | None
     baselines: tuple[str, ...]
     tracking: Mapping[str, Any]  # kind, uri, experiment, run_name
+    perf_data: tuple[tuple[str, int], ...] = ()  # lanes of which to write it: spepolicy.lab.perf_data.Lane
 
 
 def register() -> None:
@@ -118,13 +120,28 @@ def to_options(cfg: Any) -> Options:
     tracking = group_at(config, "tracking")
     known_keys(tracking, settings_of(TrackingSettings), "tracking")
     checked(value_at(tracking, "kind", "tracking."), settings_of(TrackingSettings)["kind"], "tracking.kind")
+    replicates = checked(value_at(config, "replicates"), root["replicates"], "replicates")
     return Options(
         task=checked(value_at(config, "task"), root["task"], "task"),
-        replicates=checked(value_at(config, "replicates"), root["replicates"], "replicates"),
+        replicates=replicates,
         threads=None if threads is None else checked(threads, root["threads"], "threads"),
         baselines=tuple(checked(value_at(config, "baselines"), root["baselines"], "baselines")),
         tracking=tracking,
+        perf_data=_perf_data(group_at(config, "output"), replicates),
     )
+
+
+def _perf_data(values: Mapping[str, Any], replicates: int) -> tuple[tuple[str, int], ...]:
+    from spepolicy.lab.perf_data import parse_lanes
+
+    settings = settings_of(OutputSettings)
+    known_keys(values, settings, "output")
+    wanted, lanes = (
+        checked(value_at(values, name, "output."), settings[name], f"output.{name}")
+        for name in ("perf_data", "perf_data_lanes")
+    )
+    parsed = parse_lanes(lanes, replicates)
+    return parsed if wanted else ()
 
 
 def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:

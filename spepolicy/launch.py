@@ -168,6 +168,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
 
     Raises `SpePolicyError` for whatever is wrong with a value, a policy or a recording.
     """
+    from spepolicy.lab.perf_data import check_policies
     from spepolicy.lab.run import Plan
     from spepolicy.lab.tracking import TrackingSettings
 
@@ -177,6 +178,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
     for baseline in dict.fromkeys((BASELINE, *options.baselines)):
         if baseline not in policies:
             policies[baseline] = baseline_policy(baseline)
+    check_policies(options.perf_data, policies)
     scenario = to_scenario(config)
     return Plan(
         chosen=name,
@@ -188,6 +190,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
         tracking=TrackingSettings(**options.tracking),
         config=dict(config),
         notes=host_notes(config, scenario),
+        perf_data=options.perf_data,
     )
 
 

@@ -350,6 +350,8 @@ class OutputSettings:
     """Where results go."""
 
     dir: str = _text("folder that gets one folder a run")
+    perf_data: bool = _flag("write perf.data files that stock perf decodes, of the lanes below", "", "")
+    perf_data_lanes: list[str] = _names("lanes to write: REPLICATE, or POLICY:REPLICATE", source="")  # noqa: RUF009 - as above
 
 
 @dataclass

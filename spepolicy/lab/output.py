@@ -27,6 +27,7 @@ __all__ = [
     "METRICS_FILE",
     "open_folder",
     "stacked",
+    "write_bytes",
     "write_file",
     "write_json",
     "write_parquet",
@@ -80,6 +81,15 @@ def write_text(path: Path, text: str) -> Path:
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
+
+    return write_file(path, write)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write *content* as it is."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
 
     return write_file(path, write)
 

@@ -83,18 +83,17 @@ class Cuts:
         return aux[key][order], ends[order]
 
     def of(self, run: list[Piece]) -> NDArray[np.int64]:
-        """Return the places in the joined bytes of *run* at which a session was cut, ascending."""
+        """Return the places in the joined bytes of *run*, its end included, at which a session was cut, ascending."""
         keys, ends = self._by_cpu if run[0].cpu >= 0 else self._by_tid
         key = run[0].cpu if run[0].cpu >= 0 else run[0].tid
         ends = ends[np.searchsorted(keys, key, "left") : np.searchsorted(keys, key, "right")]
         offsets, starts = _places(run)
         sizes = np.array([len(piece.payload) for piece in run], np.int64)
         first, last = int(offsets[0]), int(offsets[0]) + int(starts[-1] + sizes[-1])
-        ends = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, min(last, _LARGEST), "left")]
+        ends = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, min(last, _LARGEST), "right")]
         n = np.searchsorted(offsets, ends, "right") - 1
-        places = np.unique(starts[n] + np.minimum((ends - offsets[n]).astype(np.int64), sizes[n]))
-        inside: NDArray[np.int64] = places[places < starts[-1] + sizes[-1]]
-        return inside
+        places: NDArray[np.int64] = np.unique(starts[n] + np.minimum((ends - offsets[n]).astype(np.int64), sizes[n]))
+        return places
 
 
 def decode_queue(queue: Queue, cuts: Cuts, problems: Problems) -> Decoded:
@@ -153,7 +152,9 @@ def _decode_run(run: list[Piece], cuts: NDArray[np.int64], problems: Problems) -
     files = np.array([piece.at for piece in run], np.int64)
     cpus = np.array([piece.cpu for piece in run], np.int32)
     tids = np.array([piece.tid for piece in run], np.int32)
-    bounds = [0, *cuts.tolist(), len(content)]
+    bounds = [0, *cuts.tolist()]
+    if bounds[-1] != len(content):
+        bounds.append(len(content))
     parts = []
     for number, (begin, end) in enumerate(pairwise(bounds)):
         records, report = decode(content[begin:end])

@@ -200,6 +200,16 @@ def test_half_a_record_at_a_reported_loss_is_not_joined_with_the_next() -> None:
     assert capture.skipped_bytes == len(half)
 
 
+def test_half_a_record_at_the_end_is_announced_as_well() -> None:
+    made = writer()
+    raw = load(0x400000, 900) + load(0x400010, 1000)[:0x27]
+    add_session(made, raw, flags=AuxFlag.TRUNCATED | AuxFlag.PARTIAL)
+    assert file_of(made).complete
+    made = writer()
+    add_session(made, raw, flags=AuxFlag.TRUNCATED)
+    assert not file_of(made).complete
+
+
 def test_a_record_over_two_pieces_is_one_record() -> None:
     made = writer()
     raw = load(0x400000, 900) + load(0x400010, 1000)

@@ -101,7 +101,7 @@ def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chose
 
 
 def one_for_all(jobs: Sequence[Job]) -> None:
-    """Raise `ConfigurationError` if a setting that belongs to the sweep as a whole differs between jobs."""
+    """Raise `ConfigurationError` if a setting that belongs to the sweep differs between jobs, or is not for sweeps."""
     for group in _OF_THE_SWEEP:
         first = jobs[0].config.get(group)
         for job in jobs:
@@ -111,6 +111,11 @@ def one_for_all(jobs: Sequence[Job]) -> None:
                     f"{group}: job {jobs[0].number} has {first}, job {job.number} has {different}. These settings "
                     "belong to the sweep as a whole and cannot be swept. Give one value, or start several sweeps."
                 )
+    if jobs[0].options.perf_data:
+        raise ConfigurationError(
+            "output.perf_data=true: a sweep writes no perf.data. Its jobs share lanes and have no folder of their own. "
+            "Run the job that you want it of by itself, without -m."
+        )
 
 
 def configurations_of(jobs: Sequence[Job]) -> dict[str, Configuration]:

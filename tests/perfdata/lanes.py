@@ -1,0 +1,47 @@
+"""Lanes that many things happen in, run with their event log on, for the tests of their perf.data."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from spepolicy.drivers.simulate import LaneLog, record_lane
+from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.scenario import Cpu, Scenario, SessionMode
+from tests.properties.scenarios import US, busy_host, guest, policy, scenario
+
+NEOVERSE, PACKED = Cpu(), Cpu(align_bytes=1)
+MOVING = busy_host(HostOp.MOVE, interval_ps=300 * US, pages=200)
+
+# Name -> policy and scenario. Between them: faults, full buffers, no space, collisions, new buffers, both sessions, two
+# vCPUs, filters, records of fixed and of variable size, a counter of 1 GHz.
+LANES: dict[str, tuple[str, dict[str, Any], Scenario]] = {
+    "neoverse": ("eager_pin", {}, scenario(cpu=NEOVERSE, host=MOVING)),
+    "two_vcpus": (
+        "pin_on_fault",
+        {},
+        scenario(cpu=NEOVERSE, host=MOVING, guest=guest(vcpus=2, session=SessionMode.PER_CPU)),
+    ),
+    "new_buffers": ("map_on_fault", {}, scenario(cpu=NEOVERSE, host=MOVING, guest=guest(renew_ps=400 * US))),
+    "slow_reader": ("bare_metal", {}, scenario(cpu=NEOVERSE, guest=guest(reader_latency_ps=2000 * US, period_ops=256))),
+    "filtered": ("bare_metal", {}, scenario(cpu=Cpu(spe_version=3), guest=guest(type_filter=6, min_latency_cycles=20))),
+    "el1_only": ("bare_metal", {}, scenario(cpu=NEOVERSE, guest=guest(profile_user=False))),
+    "large_records": ("bare_metal", {}, scenario(cpu=Cpu(max_record_bytes=256, align_bytes=256))),
+    "packed": ("bare_metal", {}, scenario(cpu=PACKED)),
+}
+_LONG = {"buffer_pages": 16, "period_ops": 1024, "task_on_ps": 1000 * US, "task_off_ps": 200 * US}
+_SCANNED = busy_host(HostOp.NUMA_SCAN, interval_ps=300 * US, pages=300)
+# PMBSR_EL1.DL is set here: records are cut, and what perf makes of the halves is its own.
+CUT: dict[str, tuple[str, dict[str, Any], Scenario]] = {
+    "cut": ("pin_on_fault", {}, scenario(cpu=PACKED, host=_SCANNED, guest=guest(**_LONG))),
+    "cut_two_vcpus": ("pin_on_fault", {}, scenario(cpu=PACKED, host=_SCANNED, guest=guest(vcpus=2, **_LONG))),
+}
+# A policy that resumes after such a fault: a half stays in the middle of the stream, and nothing announces it.
+RESUMED = {"resumed": ("map_on_fault", {}, scenario(cpu=PACKED, host=_SCANNED, guest=guest(**_LONG)))}
+
+
+@cache
+def lane(name: str) -> LaneLog:
+    """Return the lane *name* of `LANES`, `CUT` or `RESUMED`."""
+    policy_name, fields, what = (LANES | CUT | RESUMED)[name]
+    return record_lane(what, policy(policy_name, **fields), name=policy_name, replicate=0)
