@@ -15,7 +15,8 @@ class BareMetal:
     full buffer (interrupt latency plus the driver's restart) and for a full AUX ring.
     Source: the yardstick of the whole discussion, "profiling that bare metal would have had" (kvm.md, terms).
     Needs: no hypervisor.
-    Costs: none. Fails: never at stage 2, which does not exist.
+    Costs: none.
+    Fails: never at stage 2, which does not exist.
     """
 
     @hookimpl

@@ -17,7 +17,6 @@ import numpy as np
 from spepolicy.errors import HookError, PluginError
 from spepolicy.judge.errata import Erratum
 from spepolicy.testing.hidden import with_garbage_for_truth
-from spepolicy.testing.scenes import SCENES
 from spepolicy.testing.subject import LANES, Subject, differences
 
 __all__ = ["CHECKS", "Check", "CheckFailed"]
@@ -120,6 +119,9 @@ def _state(subject: Subject) -> None:
 @_check("contract")
 def _hooks_run(subject: Subject) -> None:
     """Every hook runs in every scene, passes arrays of the right shape and dtype, and answers every fault."""
+    if not subject.scenes:
+        reason = subject.refusal()
+        raise CheckFailed(f"supports() refuses every scene of the kit: {reason}. Remedy: refuse only what it must.")
     for name in subject.scenes:
         try:
             subject.result(name)
@@ -156,15 +158,15 @@ def _errata_hook(subject: Subject) -> None:
 def _determinism(subject: Subject) -> None:
     """Two runs are equal to the bit, with the same instance and with a fresh one."""
     before = copy.deepcopy(vars(subject.policy))
-    for name in ("busy", "two vCPUs"):
+    for name in subject.some("busy", "two vCPUs"):
         first = subject.result(name)
-        again = differences(first, subject.run(SCENES[name]))
+        again = differences(first, subject.run(subject.scenes[name]))
         if again:
             raise CheckFailed(
                 f"in the scene '{name}', a second run differs in {', '.join(again)}. Cause: random numbers, the clock, "
                 "or memory outside vcpus.state. Remedy: decide by the batch and vcpus.state only."
             )
-        fresh = differences(first, subject.run(SCENES[name], policy=replace(subject.policy)))  # type: ignore[type-var]
+        fresh = differences(first, subject.run(subject.scenes[name], policy=replace(subject.policy)))  # type: ignore[type-var]
         if fresh:
             raise CheckFailed(
                 f"in the scene '{name}', a fresh instance differs in {', '.join(fresh)}. Cause: the instance remembers "
@@ -177,11 +179,11 @@ def _determinism(subject: Subject) -> None:
 @_check("hooks_run")
 def _batch_independence(subject: Subject) -> None:
     """A lane's result does not depend on the lanes beside it, nor on their order."""
-    for name in ("busy", "scans"):
+    for name in subject.some("busy", "scans"):
         whole = subject.result(name)
         orders = [[n] for n in range(LANES)] + [list(reversed(range(LANES)))]
         for order in orders:
-            differ = differences(whole, subject.run(SCENES[name], replicates=order), np.array(order))
+            differ = differences(whole, subject.run(subject.scenes[name], replicates=order), np.array(order))
             if differ:
                 raise CheckFailed(
                     f"in the scene '{name}', lanes {order} run by themselves differ from the same lanes among "
@@ -193,9 +195,9 @@ def _batch_independence(subject: Subject) -> None:
 @_check("hooks_run")
 def _no_ground_truth(subject: Subject) -> None:
     """Decisions stay the same when what only the judge knows is turned into garbage while hooks run."""
-    for name in ("busy", "scans", "cut records"):
+    for name in subject.some("busy", "scans", "cut records"):
         with with_garbage_for_truth():
-            garbled = subject.run(SCENES[name])
+            garbled = subject.run(subject.scenes[name])
         differ = differences(subject.result(name), garbled)
         if differ:
             raise CheckFailed(
@@ -236,7 +238,9 @@ def _pins_end_with_the_vm(subject: Subject) -> None:
 @_check("hooks_run")
 def _pins_end_with_the_session(subject: Subject) -> None:
     """What is pinned does not grow with the number of sessions."""
-    scene = SCENES["new buffers"]
+    if "new buffers" not in subject.scenes:
+        return
+    scene = subject.scenes["new buffers"]
     short = subject.run(scene, duration_ps=4 * scene.duration_ps)
     long = subject.run(scene, duration_ps=16 * scene.duration_ps)
     before, after = (int(result.vm["pinned_peak_pages"].max()) for result in (short, long))
@@ -266,9 +270,10 @@ def _memlock(subject: Subject) -> None:
 @_check("hooks_run")
 def _allowed_events(subject: Subject) -> None:
     """The guest is told nothing that its SPE version does not allow."""
+    name = next(iter(subject.some("scans", "quiet")))
     for version in range(1, 7):
-        cpu = replace(SCENES["scans"].cpu, spe_version=version)
-        result = subject.run(SCENES["scans"], cpu=cpu)
+        scene = subject.scenes[name]
+        result = subject.run(scene, cpu=replace(scene.cpu, spe_version=version))
         aborts = int(result.truth["injected_external"].sum())
         if version >= EXTERNAL_ABORT_ENDS and aborts:
             raise CheckFailed(
@@ -293,7 +298,7 @@ def _no_silent_cut(subject: Subject) -> None:
 @_check("hooks_run")
 def _progress(subject: Subject) -> None:
     """Faults are repaired, not repeated: on a quiet host their number is bounded by the pages that there are."""
-    for name in ("quiet", "EL0 only"):
+    for name in subject.some("quiet", "EL0 only"):
         result = subject.result(name)
         guest = result.scenario.guest
         # The pages of the ring, those of its tables, and the ring again for each session.

@@ -37,15 +37,30 @@ class Subject:
         """False for a bare-metal baseline."""
         return Runner(self.policy, self.name).behaviour.virtualized
 
-    @property
+    @cached_property
     def scenes(self) -> dict[str, Scenario]:
-        """The scenes of the kit."""
-        return SCENES
+        """The scenes of the kit on which the policy can run: on a machine with all that it may need, where it must."""
+        runner = Runner(self.policy, self.name)
+        found = {}
+        for name, scene in SCENES.items():
+            for machine in (scene, _equipped(scene)):
+                if runner.why_unsupported(machine) is None:
+                    found[name] = machine
+                    break
+        return found
+
+    def some(self, *names: str) -> list[str]:
+        """Return those of *names* on which the policy can run; another scene if it can run on none of them."""
+        return [name for name in names if name in self.scenes] or list(self.scenes)[:1]
+
+    def refusal(self) -> str:
+        """Return why the policy does not run on the first scene."""
+        return Runner(self.policy, self.name).why_unsupported(_equipped(SCENES["quiet"])) or ""
 
     def result(self, scene: str) -> Result:
         """Return what the policy did in *scene*, in LANES lanes. Raises HookError."""
         if scene not in self._results:
-            self._results[scene] = self.run(SCENES[scene])
+            self._results[scene] = self.run(self.scenes[scene])
         return self._results[scene]
 
     def run(
@@ -63,6 +78,16 @@ class Subject:
         make_plugin_manager(self.policy, ())
         if not self.virtualized and type(self.policy).__dict__.get("stage2_fault"):
             raise PluginError("a policy that runs no VM has a hook stage2_fault, which is never called. Remove it.")
+
+
+def _equipped(scene: Scenario) -> Scenario:
+    """Return *scene* on a machine with every optional feature that a policy may ask for in `supports`."""
+    return replace(
+        scene,
+        cpu=replace(scene.cpu, fine_grained_traps=True),
+        guest=replace(scene.guest, paravirtual=True),
+        kvm=replace(scene.kvm, guest_memfd=True),
+    )
 
 
 def differences(one: Result, other: Result, lanes: NDArray[np.int64] | None = None) -> list[str]:

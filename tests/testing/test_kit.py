@@ -335,3 +335,18 @@ def test_scenes_and_checks_are_named_in_the_message_of_the_command(capsys: pytes
 def test_the_deep_copy_keeps_fields() -> None:
     assert Subject(replace(Good(), tables=True)).policy == Good(True)
     assert installed_policies()
+
+
+@dataclass
+class Picky(Good):
+    __doc__ = Good.__doc__
+    wants: str = field(default="paravirtual", metadata=doc("what it needs"))
+
+    @hookimpl
+    def supports(self, platform: Any) -> str | None:
+        return None if self.wants == "paravirtual" and platform.paravirtual_guest else f"it needs {self.wants}"
+
+
+def test_a_policy_that_needs_a_feature_is_tested_on_a_machine_with_it() -> None:
+    assert set(statuses(Picky()).values()) == {"passed"}
+    assert "refuses every scene of the kit: it needs luck" in message(Picky("luck"), "hooks_run")
