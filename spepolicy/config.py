@@ -16,6 +16,7 @@ from typing import Any
 
 from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
 from spepolicy.errors import ConfigurationError, nearest
+from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, parse_lanes
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import (
@@ -70,7 +71,7 @@ class Options:
     threads: int | None
     baselines: tuple[str, ...]
     tracking: Mapping[str, Any]  # kind, uri, experiment, run_name
-    perf_data: tuple[tuple[str, int], ...] = ()  # lanes of which to write it: spepolicy.lab.perf_data.Lane
+    lanes: ChosenLanes = NO_LANES  # files of single lanes
 
 
 def register() -> None:
@@ -127,21 +128,18 @@ def to_options(cfg: Any) -> Options:
         threads=None if threads is None else checked(threads, root["threads"], "threads"),
         baselines=tuple(checked(value_at(config, "baselines"), root["baselines"], "baselines")),
         tracking=tracking,
-        perf_data=_perf_data(group_at(config, "output"), replicates),
+        lanes=_chosen_lanes(group_at(config, "output"), replicates),
     )
 
 
-def _perf_data(values: Mapping[str, Any], replicates: int) -> tuple[tuple[str, int], ...]:
-    from spepolicy.lab.perf_data import parse_lanes
-
+def _chosen_lanes(values: Mapping[str, Any], replicates: int) -> ChosenLanes:
     settings = settings_of(OutputSettings)
     known_keys(values, settings, "output")
-    wanted, lanes = (
+    lanes, perf_data, timeline = (
         checked(value_at(values, name, "output."), settings[name], f"output.{name}")
-        for name in ("perf_data", "perf_data_lanes")
+        for name in ("lanes", "perf_data", "timeline")
     )
-    parsed = parse_lanes(lanes, replicates)
-    return parsed if wanted else ()
+    return ChosenLanes(parse_lanes(lanes, replicates), perf_data, timeline)
 
 
 def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:

@@ -168,7 +168,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
 
     Raises `SpePolicyError` for whatever is wrong with a value, a policy or a recording.
     """
-    from spepolicy.lab.perf_data import check_policies
+    from spepolicy.lab.chosen_lanes import check_policies
     from spepolicy.lab.run import Plan
     from spepolicy.lab.tracking import TrackingSettings
 
@@ -178,7 +178,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
     for baseline in dict.fromkeys((BASELINE, *options.baselines)):
         if baseline not in policies:
             policies[baseline] = baseline_policy(baseline)
-    check_policies(options.perf_data, policies)
+    check_policies(options.lanes.lanes, policies)
     scenario = to_scenario(config)
     return Plan(
         chosen=name,
@@ -190,7 +190,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
         tracking=TrackingSettings(**options.tracking),
         config=dict(config),
         notes=host_notes(config, scenario),
-        perf_data=options.perf_data,
+        lanes=options.lanes,
     )
 
 

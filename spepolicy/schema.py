@@ -351,7 +351,8 @@ class OutputSettings:
 
     dir: str = _text("folder that gets one folder a run")
     perf_data: bool = _flag("write perf.data files that stock perf decodes, of the lanes below", "", "")
-    perf_data_lanes: list[str] = _names("lanes to write: REPLICATE, or POLICY:REPLICATE", source="")  # noqa: RUF009 - as above
+    timeline: bool = _flag("write timelines for Perfetto, of the lanes below", "", "")
+    lanes: list[str] = _names("lanes to write: REPLICATE, or POLICY:REPLICATE", source="")  # noqa: RUF009 - as above
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spepolicy.judge.errata import Erratum, Findings, errata_as_json, errata_as_markdown, merge_errata
 from spepolicy.lab import output
-from spepolicy.lab.perf_data import Lane, write_perf_data
+from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, write_lanes
 from spepolicy.lab.tracking import Tracked, Tracker, TrackingSettings, without_password
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Plan:
     tracking: TrackingSettings
     config: dict[str, Any]  # the resolved configuration, plain containers
     notes: tuple[str, ...] = ()  # lines that the summary must state
-    perf_data: tuple[Lane, ...] = ()  # lanes of which to write perf.data
+    lanes: ChosenLanes = NO_LANES  # files of single lanes
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _execute(plan: Plan, run_dir: Path, tracker: Tracker | None, say: Callable[[
         verdicts=verdicts,
         metrics=metrics,
         errata=verdicts[plan.chosen].errata if plan.chosen in verdicts else [],
-        files=_write_files(plan, run_dir, verdicts, metrics) | _write_perf_data(plan, run_dir, results, say),
+        files=_write_files(plan, run_dir, verdicts, metrics) | _write_lanes(plan, run_dir, results, say),
         run_dir=run_dir,
         notes=tuple(notes),
         tracked=None,
@@ -272,10 +272,10 @@ def _write_files(
     return {path.name: path for path in files}
 
 
-def _write_perf_data(
+def _write_lanes(
     plan: Plan, run_dir: Path, results: Mapping[str, Result], say: Callable[[str], None]
 ) -> dict[str, Path]:
-    files = write_perf_data(plan.perf_data, plan.chosen, plan.policies, results, run_dir, say)
+    files = write_lanes(plan.lanes, plan.chosen, plan.policies, results, run_dir, say)
     return {path.name: path for path in files}
 
 

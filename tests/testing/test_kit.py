@@ -349,4 +349,4 @@ class Picky(Good):
 
 def test_a_policy_that_needs_a_feature_is_tested_on_a_machine_with_it() -> None:
     assert set(statuses(Picky()).values()) == {"passed"}
-    assert "refuses every scene of the kit: it needs luck" in message(Picky("luck"), "hooks_run")
+    assert "refuses every scene of the kit: it needs luck" in message(Picky(wants="luck"), "hooks_run")

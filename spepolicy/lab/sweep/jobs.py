@@ -111,10 +111,10 @@ def one_for_all(jobs: Sequence[Job]) -> None:
                     f"{group}: job {jobs[0].number} has {first}, job {job.number} has {different}. These settings "
                     "belong to the sweep as a whole and cannot be swept. Give one value, or start several sweeps."
                 )
-    if jobs[0].options.perf_data:
+    if jobs[0].options.lanes.any():
         raise ConfigurationError(
-            "output.perf_data=true: a sweep writes no perf.data. Its jobs share lanes and have no folder of their own. "
-            "Run the job that you want it of by itself, without -m."
+            "output.perf_data=true or output.timeline=true: a sweep writes no files of single lanes. Its jobs share "
+            "lanes and have no folder of their own. Run the job that you want it of by itself, without -m."
         )
 
 
