@@ -24,6 +24,7 @@ from spepolicy.schema import (
     GROUPS,
     HOST_KINDS,
     ActSettings,
+    OutputSettings,
     RandomOpSettings,
     Root,
     Setting,
@@ -149,7 +150,8 @@ def _root_lines() -> Iterator[tuple[str, str]]:
         if name not in GROUPS:
             value = _main_config().get(name)
             yield f"{name}={_shown(value)}", f"{setting.doc}; {setting.rule()}"
-    yield f"output.dir={_main_config()['output']['dir']}", "folder that gets one folder a run"
+    for name, setting in settings_of(OutputSettings).items():
+        yield f"output.{name}={_shown(_main_config()['output'][name])}", setting.doc
 
 
 def _setting_rows(group: str) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
     from spepolicy.perfdata import read
 
     capture = read("perf.data")
-    print(capture.report())
+    print(capture.report())  # as `python -m spepolicy.perfdata perf.data` does
     loads = capture.records[capture.records["op_class"] == OpClass.LOAD_STORE]  # spepolicy.spe.records.RECORD
 
 `read` is in `capture`, which takes the AUX area apart with `stream` and the file with `container`. `writer` writes a

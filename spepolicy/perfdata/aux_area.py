@@ -111,8 +111,10 @@ def aux_area(log: LaneLog, samples: NDArray[Any], k: int, tid: int | None) -> Au
     ends = np.flatnonzero(np.isin(rows["kind"], (LogKind.WRITTEN, LogKind.LOST)))
     mine = samples[samples["vcpu"] == k]
     done = mine[np.isin(mine["fate"], (LogKind.WRITTEN, LogKind.LOST))]
+    number = np.searchsorted(begins, ends)
+    # What was lost before any session has no place.
+    ends, done, session = ends[number > 0], done[number > 0], begins[number[number > 0] - 1]
     # In a session the SPU writes from the head's place in the ring on, without wrapping.
-    session = begins[np.maximum(np.searchsorted(begins, ends) - 1, 0)] if len(begins) else begins
     heads = rows["a"][session].astype(np.int64)
     ring = scenario.guest.buffer_pages << 12
     offset = rows["a"][ends].astype(np.int64) - int(log.result.vcpu["buffer_va"][0, k])

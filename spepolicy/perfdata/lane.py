@@ -16,6 +16,7 @@ is drawn (`spepolicy.machine.trace.latencies`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha1
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ __all__ = ["LaneFile", "first_thread", "lane_file"]
 
 NEOVERSE_N1 = "0x00000000413fd0c1"  # MIDR_EL1 r3p1; with it perf 6.1 names data sources (perfdata.md 3)
 PROGRAM, OTHER = "program", "other"  # comm of the profiled task and of the other one
+_KERNEL_BYTES = 0x10000
 _SPE_IDS, _DUMMY_IDS = 100, 200  # and the number of the vCPU
 _ITRACE = 1  # PERF_AUXTRACE_ERROR_ITRACE
 _PROT_READ_EXECUTE, _MAP_PRIVATE = 5, 2
@@ -121,10 +123,16 @@ class _Lane:
         w, parts = self.writer, images(self.scenario.workload)
         w.open(self.clock)
         start = SampleId(0, 0, 0, 0, _DUMMY_IDS)
-        kernel = Mmap2(
-            -1, 0, KERNEL_BASE, parts.size, 0, _identity(parts.kernel.build_id), 0, 0, str(folder / KERNEL_FILE)
-        )
+        # The kernel proper: without it perf warns, and without a build id it takes names from the kernel it runs on.
+        other = sha1(parts.kernel.build_id, usedforsecurity=False).digest()
+        below = KERNEL_BASE - _KERNEL_BYTES
+        kernel = Mmap2(-1, 0, below, _KERNEL_BYTES, below, _identity(other), 0, 0, "[kernel.kallsyms]_text")
         w.add(Type.MMAP2, kernel, start, Misc.KERNEL | Misc.MMAP_BUILD_ID)
+        module = kernel._replace(
+            start=KERNEL_BASE, length=parts.size, page_offset=0, identity=_identity(parts.kernel.build_id),
+            name=str(folder / KERNEL_FILE),
+        )  # fmt: skip
+        w.add(Type.MMAP2, module, start, Misc.KERNEL | Misc.MMAP_BUILD_ID)
         for k in range(self.scenario.guest.vcpus):
             for n, name in enumerate((PROGRAM, OTHER)):
                 pid = first_thread(k) + n

@@ -12,6 +12,7 @@ import pytest
 
 from spepolicy.errors import CaptureError
 from spepolicy.perfdata import read
+from spepolicy.perfdata.__main__ import main
 from spepolicy.perfdata.capture import Capture, parse
 from spepolicy.perfdata.layout import (
     CPU_MAGIC,
@@ -361,3 +362,23 @@ def test_compressed_records_are_reported() -> None:
     capture = file_of(made)
     assert len(capture.records) == 1
     assert "104 bytes of records are compressed" in texts(capture)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_reports_and_its_status_tells_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
+    whole.write_bytes(two_sessions())
+    cut.write_bytes(two_sessions()[:700])
+    other.write_text("text")
+    assert main([str(whole)]) == 0
+    assert "6 records" in capsys.readouterr().out
+    assert main([str(whole), str(cut)]) == 1
+    assert "is cut" in capsys.readouterr().out
+    assert main([str(other), str(whole)]) == 2
+    answer = capsys.readouterr()
+    assert "not a perf.data file" in answer.err
+    assert "6 records" in answer.out
+    assert main([]) == 2
+    assert main(["--help"]) == 0
