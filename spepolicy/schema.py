@@ -364,6 +364,23 @@ class SweepSettings:
     processes: int | None = _field(
         Setting("processes that share the lanes; null: threads of one process", Kind.COUNT, 1, 1024), None
     )
+    sensitivity: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
+        "cost constants to move through their ranges, to see which conclusions survive; all: every one",
+        source="",
+    )
+
+
+@dataclass
+class StopSettings:
+    """When a sweep has enough replicates."""
+
+    precision: float | None = _field(
+        Setting("stop when 95 % intervals are so narrow (half of them); null: after `replicates`", Kind.NUMBER, 0,
+                None, unit="unit of the metric", source=""),
+        None,
+    )  # fmt: skip
+    metric: str = _text("the metric whose paired differences between policies are looked at")
+    maximum: int = _count("replicates of a seed at most, however wide the intervals are", 1, 1_000_000, "")
 
 
 @dataclass
@@ -381,6 +398,7 @@ class Root:
     )
     output: OutputSettings = field(default_factory=OutputSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
+    stop: StopSettings = field(default_factory=StopSettings)
     guest: GuestSettings = field(default_factory=GuestSettings)
     workload: Any = MISSING
     host: Any = MISSING

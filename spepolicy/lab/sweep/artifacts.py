@@ -43,16 +43,34 @@ def configuration_table(summary: SweepSummary) -> dict[str, list[Any]]:
             table[name] = [outcome.values.get(name) for outcome in outcomes]
             if any(name in outcome.ci95 for outcome in outcomes):
                 table[f"{name}_ci95"] = [outcome.ci95.get(name) for outcome in outcomes]
+    table["pareto"] = [outcome.configuration.key in summary.pareto for outcome in outcomes]
     table["errata"] = [" ".join(erratum.id for erratum in outcome.errata if erratum.count) for outcome in outcomes]
     table["config_hash"] = [outcome.configuration.key for outcome in outcomes]
     return table
 
 
 def _configurations(summary: SweepSummary, path: Path) -> Path | None:
+    return _write_csv(path, configuration_table(summary))
+
+
+def _differences(summary: SweepSummary, path: Path) -> Path | None:
+    """Every paired difference between two policies on one scenario."""
+    from spepolicy.lab.sweep.statistics import difference_table
+
+    return _write_csv(path, difference_table(summary.differences, summary.outcomes)) if summary.differences else None
+
+
+def _sensitivity(summary: SweepSummary, path: Path) -> Path | None:
+    """Which conclusions survive the ranges of the cost constants, and where the others flip."""
+    from spepolicy.lab.sweep.sensitivity import verdict_table
+
+    return _write_csv(path, verdict_table(summary.verdicts, summary.outcomes)) if summary.verdicts else None
+
+
+def _write_csv(path: Path, table: Mapping[str, list[Any]]) -> Path:
     import csv
     import io
 
-    table = configuration_table(summary)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table)
@@ -114,6 +132,8 @@ def _report(summary: SweepSummary, path: Path) -> Path | None:
 WRITERS: dict[str, Writer] = {
     "sweep.json": _sweep,
     "configurations.csv": _configurations,
+    "differences.csv": _differences,
+    "sensitivity.csv": _sensitivity,
     "errata.json": _errata,
     "report.html": _report,
 }

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spepolicy.errors import ConfigurationError, nearest
 from spepolicy.judge.tables import Categories
 from spepolicy.lab import output
+from spepolicy.lab.run import BARE_METAL
 from spepolicy.lab.sweep.collect import Collector, Outcome
 from spepolicy.lab.sweep.identity import digest, lane_hash, provenance, source_hash
 from spepolicy.lab.sweep.jobs import Configuration, Failure, Job, configurations_of, lanes_of
 from spepolicy.lab.sweep.listing import Estimate, estimate, listing
 from spepolicy.lab.sweep.progress import Progress
+from spepolicy.lab.sweep.sensitivity import SENSITIVITY, Sensitivity, Verdict, cost_names
+from spepolicy.lab.sweep.statistics import Paired, differences, half_widths, pareto_front
 from spepolicy.lab.sweep.store import Store, now_utc
 from spepolicy.lab.sweep.tracking import Recorder
 from spepolicy.lab.sweep.work import Part, Rows, Task
@@ -36,6 +40,15 @@ STORE_EVERY_S = 1.0  # rows wait so long at most before they are on the disk
 
 
 @dataclass(frozen=True)
+class Stop:
+    """When there are enough replicates."""
+
+    precision: float | None = None  # half-width of a 95 % interval; None: after the configured number
+    metric: str = "excess_blackout_pct"
+    maximum: int = 256  # replicates of a seed
+
+
+@dataclass(frozen=True)
 class SweepPlan:
     """Everything that a sweep needs, checked. All jobs agree in what belongs to the sweep."""
 
@@ -45,6 +58,8 @@ class SweepPlan:
     store: Path
     resume: bool
     tracking: TrackingSettings
+    stop: Stop
+    sensitivity: tuple[str, ...] = ()  # cost constants to be moved
     notes: tuple[str, ...] = ()
 
     def name(self) -> str:
@@ -68,6 +83,9 @@ class SweepSummary:
     interrupted: bool
     workers: str
     notes: list[str]
+    differences: list[Paired]  # of every two policies on one scenario
+    pareto: set[str]  # configurations that no other on their scenario beats
+    verdicts: list[Verdict]  # of the sensitivity analysis: a conclusion and a cost constant each
     files: dict[str, Path] = field(default_factory=dict)  # by file name
     tracked: Tracked | None = None
     tracking_error: str = ""
@@ -112,6 +130,8 @@ class _Sweep:
         self.stored_at = time.monotonic()
         self.texts: dict[str, str] = {}  # configuration key -> JSON
         self.recorded: set[str] = set()  # configurations handed to the recorder
+        self.have: set[str] = set()  # lanes (their hashes) that are there, or that failed
+        self.sensitivity = Sensitivity(plan.sensitivity, self.configurations.values()) if plan.sensitivity else None
 
     def run(self, compose_s: float) -> SweepSummary:
         """Do it all."""
@@ -124,8 +144,9 @@ class _Sweep:
         expected = self._tell(todo)
         simulated = time.perf_counter()
         try:
-            if todo:
+            while todo:
                 self._simulate(todo, expected)
+                todo = self._next_round()
         except KeyboardInterrupt:
             self.interrupted = True
             self.say("interrupted; what has finished is kept")
@@ -145,15 +166,56 @@ class _Sweep:
             needed = []
             for scenario, replicates in lanes_of(configuration):
                 hashes = [lane_hash(configuration.key, scenario.seed, replicate) for replicate in replicates]
-                there = {h for h in hashes if self.plan.resume and h in self.store}
+                there = {h for h in hashes if self.plan.resume and h in self.store} - self.have
                 stored |= dict.fromkeys(there, configuration.key)
-                rest = [replicate for replicate, h in zip(replicates, hashes, strict=True) if h not in there]
+                self.have |= there
+                rest = [replicate for replicate, h in zip(replicates, hashes, strict=True) if h not in self.have]
                 if rest:
                     needed.append((scenario, rest))
             if needed:
                 todo.append((configuration, needed))
         self._take_stored(stored)
         return todo
+
+    def _next_round(self) -> Any:
+        """Return what is still to be computed: more replicates where intervals are wide, then the sensitivity."""
+        self._store_rows()
+        if self._widen():
+            return self._missing()
+        while self.sensitivity is not None:
+            more = self.sensitivity.next_round(self._outcomes())
+            if not more:
+                break
+            self.configurations |= more
+            self.collector.extend(more)
+            if todo := self._missing():
+                self.say(f"sensitivity: {len(more):,} configurations with a cost constant moved")
+                return todo
+        return []
+
+    def _widen(self) -> bool:
+        """Double the replicates of what is not known precisely enough; return whether there is any."""
+        stop = self.plan.stop
+        if stop.precision is None:
+            return False
+        chosen = self._outcomes(SENSITIVITY)
+        wide = {key for key, half in half_widths(chosen.values(), stop.metric).items() if half > stop.precision}
+        scenarios = {self.configurations[key].scenario_key for key in wide}
+        grown = 0
+        for configuration in self.configurations.values():
+            beside = configuration.policy.name == BARE_METAL and configuration.scenario_key in scenarios
+            if not (configuration.key in wide or beside) or configuration.role == SENSITIVITY:
+                continue
+            for seed, replicates in configuration.lanes.items():
+                more = min(2 * replicates, stop.maximum)
+                grown += max(0, more - replicates)
+                configuration.lanes[seed] = max(more, replicates)
+        if grown:
+            self.say(f"{len(wide):,} intervals of {stop.metric} wider than +- {stop.precision:g}: {grown:,} more lanes")
+        return grown > 0
+
+    def _outcomes(self, without: str = "") -> dict[str, Outcome]:
+        return self.collector.outcomes(key for key, c in self.configurations.items() if c.role != without)
 
     def _take_stored(self, stored: dict[str, str]) -> None:
         for table in self.store.read(list(stored)):
@@ -219,6 +281,7 @@ class _Sweep:
         for part, reason in rows.failed:
             self.failed.setdefault(part.configuration, reason)
             self.failed_lanes += len(part.replicates)
+            self.have |= {lane_hash(part.configuration, part.scenario.seed, each) for each in part.replicates}
             self.collector.add_lost(part.configuration, len(part.replicates))
         if not rows.parts:
             return
@@ -229,6 +292,7 @@ class _Sweep:
             self.collector.add(part.configuration, columns, slice(first, end))
             first = end
         self.computed += first
+        self.have.update(columns["lane_hash"])
         self.waiting.append(columns)
         self._record({self.configurations[part.configuration].scenario_key for part in rows.parts})
 
@@ -237,10 +301,10 @@ class _Sweep:
 
         What fails here costs no row: it is told at the end.
         """
-        if self.recorder is None or self.recorder.error:
+        if self.recorder is None or self.recorder.error or (self.plan.stop.precision is not None and not whole):
             return
         for key, configuration in self.configurations.items():
-            if key in self.recorded or configuration.scenario_key not in scenarios:
+            if key in self.recorded or configuration.scenario_key not in scenarios or configuration.role == SENSITIVITY:
                 continue
             complete = self.collector.is_complete(key)
             if self.collector.count(key) and (complete or whole):
@@ -294,10 +358,11 @@ class _Sweep:
         from spepolicy.lab.sweep.artifacts import write_artifacts
 
         simulate_s = time.perf_counter() - simulated
+        outcomes = self._outcomes(SENSITIVITY)
         summary = SweepSummary(
             plan=self.plan,
             configurations=self.configurations,
-            outcomes=self.collector.outcomes(),
+            outcomes=outcomes,
             failures=[*self.plan.failures, *self._failed_jobs()],
             lanes=sum(configuration.size() for configuration in self.configurations.values()),
             computed=self.computed,
@@ -307,6 +372,9 @@ class _Sweep:
             interrupted=self.interrupted,
             workers=self.engine.describe(),
             notes=[*self.plan.notes, *self.collector.notes],
+            differences=differences(outcomes.values()),
+            pareto=pareto_front(outcomes.values()),
+            verdicts=self.sensitivity.verdicts(self._outcomes()) if self.sensitivity else [],
         )
         summary.files |= write_artifacts(summary)
         summary.seconds = time.perf_counter() - begin + compose_s
@@ -362,15 +430,37 @@ def _as_numpy(column: Any) -> Any:
 
 def plan_sweep(jobs: list[Job], failures: list[Failure], folder: Path) -> SweepPlan:
     """Return the plan of *jobs*. Raises `ConfigurationError` where they disagree on what belongs to the whole sweep."""
+    from spepolicy.check import checked
     from spepolicy.config import host_notes
+    from spepolicy.judge.metrics import METRICS
     from spepolicy.lab.sweep.jobs import one_for_all
+    from spepolicy.schema import StopSettings, settings_of
 
     if not jobs:
-        return SweepPlan([], failures, folder, folder / "store", False, TrackingSettings("none"))
+        return SweepPlan([], failures, folder, folder / "store", False, TrackingSettings("none"), Stop())
     one_for_all(jobs)
     config = jobs[0].config
-    settings = config["sweep"]
-    store = settings["store"] or Path(config["output"]["dir"]) / "store"
+    settings, stop = config["sweep"], config["stop"]
+    root = settings_of(StopSettings)
+    if stop["metric"] not in METRICS:
+        raise ConfigurationError(
+            f"stop.metric={stop['metric']}: no such metric. All are in spepolicy/judge/metrics.py."
+            f"{nearest(str(stop['metric']), METRICS)}"
+        )
+    precision = stop["precision"]
     notes = dict.fromkeys(note for job in jobs for note in host_notes(job.config, job.scenario))
-    tracking = TrackingSettings(**jobs[0].options.tracking)
-    return SweepPlan(jobs, failures, folder, Path(store).expanduser(), bool(settings["resume"]), tracking, tuple(notes))
+    return SweepPlan(
+        jobs=jobs,
+        failures=failures,
+        folder=folder,
+        store=Path(settings["store"] or Path(config["output"]["dir"]) / "store").expanduser(),
+        resume=bool(settings["resume"]),
+        tracking=TrackingSettings(**jobs[0].options.tracking),
+        stop=Stop(
+            None if precision is None else float(checked(precision, root["precision"], "stop.precision")),
+            stop["metric"],
+            int(checked(stop["maximum"], root["maximum"], "stop.maximum")),
+        ),
+        sensitivity=tuple(cost_names(settings["sensitivity"])),
+        notes=tuple(notes),
+    )

@@ -14,10 +14,12 @@ from spepolicy.lab.tracking import without_password
 if TYPE_CHECKING:
     from spepolicy.lab.sweep.collect import Outcome
     from spepolicy.lab.sweep.run import SweepSummary
+    from spepolicy.lab.sweep.sensitivity import Verdict
 
 __all__ = ["HEADLINES", "cell_text", "summarize"]
 
 MOST_ROWS = 40
+MOST_FLIPS = 10
 HEADLINES = {  # the columns of every overview: metric -> heading
     "excess_blackout_pct": "excess blackout %",
     "unseen_samples_pct": "unseen %",
@@ -32,6 +34,8 @@ def summarize(summary: SweepSummary) -> str:
     lines = [_title(summary), ""]
     if summary.outcomes:
         lines += [*_table(summary), ""]
+    if summary.verdicts:
+        lines += [*_survival(summary), ""]
     for note in summary.notes:
         lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
     return "\n".join([*lines, *_places(summary)])
@@ -66,6 +70,35 @@ def _table(summary: SweepSummary) -> list[str]:
     if len(outcomes) > len(shown):
         rows.append(f"... and {len(outcomes) - len(shown):,} more in configurations.csv")
     return [row.rstrip() for row in rows]
+
+
+def _survival(summary: SweepSummary) -> list[str]:
+    """Which conclusions do not survive the ranges of the cost constants, and where they end."""
+    conclusions = {verdict.conclusion for verdict in summary.verdicts}
+    weak = [verdict for verdict in summary.verdicts if not verdict.survives()]
+    survivors = len(conclusions - {verdict.conclusion for verdict in weak})
+    lines = [f"{survivors:,} of {len(conclusions):,} clear differences survive the whole range of every cost constant."]
+    labels = {key: outcome.label() for key, outcome in summary.outcomes.items()}
+    for verdict in weak[:MOST_FLIPS]:
+        conclusion = verdict.conclusion
+        one, other = labels[conclusion.one], labels[conclusion.other]
+        more = "more" if conclusion.sign() > 0 else "less"
+        text = f"{one} has {more} {conclusion.metric} than {other}, but not with {_places_of(verdict)}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if len(weak) > MOST_FLIPS:
+        lines.append(f"  ... and {len(weak) - MOST_FLIPS:,} more in sensitivity.csv")
+    return lines
+
+
+def _places_of(verdict: Verdict) -> str:
+    from spepolicy.units import format_duration
+
+    parts = []
+    if verdict.flip_down_ps:
+        parts.append(f"below {format_duration(verdict.flip_down_ps[0])}")
+    if verdict.flip_up_ps:
+        parts.append(f"above {format_duration(verdict.flip_up_ps[0])}")
+    return f"costs.{verdict.cost} {' or '.join(parts)}"
 
 
 def cell_text(outcome: Outcome, metric: str) -> str:
