@@ -179,14 +179,18 @@ class _Described:
 
 def _workload(values: Mapping[str, Any], cpu: Cpu) -> Workload:
     """Build the workload. Jobs of a sweep that describe the same one get the same object."""
-    return _built_workload(_Described(json.dumps(values, default=str), values), cpu.cycle_ps)
+    content = [json.dumps(values, default=str)]
+    if isinstance(path := values.get("path"), str) and Path(path).expanduser().is_file():
+        state = Path(path).expanduser().stat()
+        content.append(f"{state.st_ino} {state.st_size} {state.st_mtime_ns}")
+    return _built_workload(_Described(" ".join(content), values), cpu.cycle_ps)
 
 
 @lru_cache(maxsize=64)
 def _built_workload(described: _Described, cycle_ps: int) -> Workload:
-    from spepolicy.workload import build_workload
+    from spepolicy.workload_source import workload_of
 
-    return build_workload(described.values, where="workload", cycle_ps=cycle_ps)
+    return workload_of(described.values, cycle_ps)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------

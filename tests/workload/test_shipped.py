@@ -15,7 +15,9 @@ from spepolicy.machine.scenario import OpType, Workload
 from spepolicy.workload import Events, build_workload, outcome_counts
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "workload"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+KINDS = {"file", "capture"}  # of workloads that are made from something else (spepolicy.workload_source)
+NAMES = sorted({path.stem for path in FOLDER.glob("*.yaml")} - KINDS)
+RECORDED = ["lua", "lua_list", "sqlite", "zstd"]
 
 
 def load(name: str) -> Workload:
@@ -28,8 +30,8 @@ def probability(workload: Workload) -> np.ndarray[Any, np.dtype[np.float64]]:
     return outcome_counts(workload) / 2**32
 
 
-def test_the_four_are_there() -> None:
-    assert {"service", "pointer_chaser", "compressor", "syscall_heavy"} <= set(NAMES)
+def test_synthetic_and_recorded_ones_are_there() -> None:
+    assert {"service", "pointer_chaser", "compressor", "syscall_heavy", *RECORDED} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,7 +39,7 @@ def test_builds(name: str) -> None:
     workload = load(name)
     assert (workload.weight.sum(axis=1) == 1).all()
     assert (workload.op_ps > 0).all()
-    assert "synthetic" in workload.source
+    assert ("recorded" if name in RECORDED else "synthetic") in workload.source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,10 +51,12 @@ def test_a_real_core_could_hold_what_is_in_flight(name: str) -> None:
     assert (ops_per_cycle * latency <= 128).all()
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_says_that_it_is_synthetic_and_where_numbers_come_from(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", sorted(p for p in FOLDER.rglob("*.yaml") if p.stem not in KINDS), ids=lambda path: path.stem
+)
+def test_says_whether_it_is_synthetic_or_recorded_and_where_numbers_come_from(path: Path) -> None:
     text = path.read_text()
-    assert "synthetic" in text[: text.index("\n\n")].lower()
+    assert ("recorded" if path.stem in RECORDED else "synthetic") in text[: text.index("\n\n")].lower()
     for section in ("behaviours", "functions", "distributions", "phases", "other"):
         if re.search(rf"^{section}:", text, re.MULTILINE):
             above = text[: text.index(f"\n{section}:")].splitlines()
@@ -106,3 +110,24 @@ def test_compressor_is_at_el0_and_syscall_heavy_is_not() -> None:
 
     assert kernel_share(load("compressor")) < 0.01
     assert kernel_share(load("syscall_heavy")) > 0.5
+
+
+def shares(workload: Workload, distribution: str) -> dict[str, float]:
+    row = workload.weight[workload.distribution_names.index(distribution)]
+    return {name: float(share) for name, share in zip(workload.function_names, row, strict=True) if share > 0}
+
+
+def test_recorded_programs_are_what_they_are() -> None:
+    """Facts about the programs that a wrong recorder would not show."""
+    sqlite = load("sqlite")
+    everywhere = {name for name in sqlite.distribution_names if name.startswith("phase")}
+    # sqlite's bytecode interpreter and its B-trees take most of a join, and the program's start is the loader's.
+    assert shares(sqlite, "phase 2")["sqlite3VdbeExec"] > 0.2
+    assert sum(share for name, share in shares(sqlite, "phase 1").items() if name.startswith("ld-linux")) > 0.3
+    assert len(everywhere) >= 4
+    # A program that waits for memory executes an order of magnitude fewer operations in a second than a compressor.
+    slow, fast = (load(name) for name in ("lua_list", "zstd"))
+    assert slow.op_ps[slow.phase_user].min() > 4 * fast.op_ps[fast.phase_user].max()
+    p = probability(slow)[slow.phase_user[0]]
+    missed = slow.outcome_events & Events.LLC_MISS != 0
+    assert 0.004 < p[missed].sum() < 0.05

@@ -1,0 +1,109 @@
+"""From the counts of a run to a workload: functions, phases, operation mix, memory behaviour, time.
+
+*Counted*: operations by type, branches, which level of the modelled caches serves an access, system calls.
+
+*Modelled*: time, for an emulator has none. Intervals between misses as Karkhanis and Smith describe them ("A
+first-order superscalar processor model", ISCA 2004): an operation takes a third of a cycle; a mispredicted branch
+adds its latency; a load from the system level cache or memory, with none under way before it, holds the core up once
+128 operations are behind it, and others meanwhile cost nothing; but a load whose address comes from one under way
+adds its latency in full.
+
+*Assumed*: system calls take 2 us each, and what the kernel does in them: user-mode emulation has no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spepolicy.machine.scenario import Cpu
+from spepolicy.workload_model import COUNTED, FunctionCounts, PhaseCounts, describe, phases_of
+from spepolicy.workload_recorder.raw import COLUMNS, Raw
+from spepolicy.workload_recorder.symbols import Functions, read_functions
+
+__all__ = ["describe_run", "functions_of"]
+
+DISPATCH = 3  # operations per cycle where nothing waits (assumption; range 2..4, a Neoverse N1 dispatches four)
+IN_FLIGHT = 128  # operations that a Neoverse N1 holds
+NO_SYSCALLS_NS = 4e9  # the longest gap that the machine can draw (spepolicy.workload)
+SYSCALL_NS = 2000  # assumption; range 0.2..20 us
+NS_PER_CYCLE = Cpu.cycle_ps / 1000
+_AT = {name: index for index, name in enumerate(COLUMNS)}
+
+
+def functions_of(raw: Raw) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the names of functions, and for each row of *raw* the index of its function."""
+    files: dict[str, Functions] = {}
+    lines, where = np.unique(raw.line, return_inverse=True)
+    index: dict[str, int] = {}
+    of_line = np.empty(len(lines), np.int64)
+    for n, line in enumerate(lines.tolist()):
+        # Code of two functions in 64 bytes counts for the first.
+        of_line[n] = index.setdefault(_name(line << 6, raw, files), len(index))
+    return list(index), of_line[where]
+
+
+def _name(address: int, raw: Raw, files: dict[str, Functions]) -> str:
+    for mapping in raw.mappings:
+        if mapping.begin <= address < mapping.end:
+            if mapping.path not in files:
+                files[mapping.path] = read_functions(Path(mapping.path))
+            # The last byte of the line: a function that begins within it has most of what follows.
+            return files[mapping.path].at(address - mapping.begin + mapping.file_offset + 63)
+    return "(code of no file)"
+
+
+def describe_run(
+    raw: Raw, latencies: Mapping[str, Mapping[str, int]], source: str, most_phases: int = 6
+) -> dict[str, Any]:
+    """Return the description of a run as a workload, its section `latencies` being *latencies*."""
+    names, function = functions_of(raw)
+    intervals = len(raw.instructions)
+    instructions = raw.count[:, _AT["instructions"]]
+    shares = np.zeros((intervals, len(names)))
+    np.add.at(shares, (raw.interval, function), instructions)
+    totals = np.zeros((len(names), len(COLUMNS)), np.int64)
+    np.add.at(totals, function, raw.count)
+    mean = {kind: part["cycles"] + part["spread"] for kind, part in latencies.items()}
+    functions = {
+        name: _function(dict(zip(COLUMNS, row.tolist(), strict=True)), mean)
+        for name, row in zip(names, totals, strict=True)
+    }
+    cycles = np.array([functions[name].cycles_per_op for name in names])
+    phases = []
+    for begin, end in phases_of(shares, most_phases):
+        operations = shares[begin:end].sum(axis=0)
+        length_ns = float(operations @ cycles) * NS_PER_CYCLE
+        syscalls = int(raw.syscalls[begin:end].sum())
+        phases.append(
+            PhaseCounts(
+                user={name: float(part) for name, part in zip(names, operations, strict=True) if part > 0},
+                length_ns=length_ns,
+                syscall_gap_ns=length_ns / syscalls if syscalls else NO_SYSCALLS_NS,
+                syscall_ns=SYSCALL_NS,
+            )
+        )
+    return describe(source, latencies, phases, functions)
+
+
+def _function(count: Mapping[str, int], mean: Mapping[str, float]) -> FunctionCounts:
+    """Return the counts of a function, with the time that an operation takes by the model above."""
+    operations = max(count["instructions"], 1)
+    typed = sum(count[name] for name in ("load", "store", "atomic", "branch"))
+    stall = count["mispredict"] * mean["mispredict"]
+    held = operations * mean["other"]  # cycles that operations are in flight, all together
+    for level in ("l2", "llc", "dram"):
+        stall += count[f"waits_{level}"] * mean[level]
+        stall += count.get(f"leads_{level}", 0) * max(mean[level] - IN_FLIGHT / DISPATCH, 0)
+        held += count[level] * mean[level]
+    held += (count["load"] + count["atomic"]) * mean["l1"]
+    cycles = max(1 / DISPATCH + stall / operations, held / operations / IN_FLIGHT)
+    counted = {name: float(part) for name, part in count.items() if name in COUNTED}
+    counted["other"] = float(max(operations - typed, 0))
+    # Operations wait for operands while those before them do: eight of them ahead on average (assumption; range 2..16).
+    wait = min(round(8 * cycles), round(max(IN_FLIGHT * cycles * 0.8 - held / operations, 0)))
+    return FunctionCounts(counted, cycles, wait)
