@@ -18,7 +18,7 @@ from spepolicy.check import checked, checked_fields, group_at, known_keys, value
 from spepolicy.errors import ConfigurationError, nearest
 from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, parse_lanes
 from spepolicy.machine.guestacts import GuestAct, Moment
-from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import (
     PAGE_BYTES,
     Bug,
@@ -43,6 +43,7 @@ from spepolicy.schema import (
     CpuSettings,
     FilterSettings,
     GuestSettings,
+    HostSettings,
     KvmSettings,
     OutputSettings,
     RandomOpSettings,
@@ -147,7 +148,7 @@ def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:
     if scenario.host.kind is HostKind.SILENT:
         return ("Host: silent, it never touches the guest's memory.",)
     if scenario.host.kind is HostKind.RANDOM:
-        return ("Host: random operations; their rates are assumptions (conf/host/random.yaml), not measurements.",)
+        return ("Host: random operations; rates are assumptions or from recordings (conf/host says which).",)
     host = plain(cfg)["host"]
     recording: Any = scenario.host.recording
     return (
@@ -314,16 +315,37 @@ def _host(values: Mapping[str, Any], guest: Guest) -> Host:
             f"host.kind={kind}: must be one of {', '.join(HOST_KINDS)}.{nearest(str(kind), HOST_KINDS)} "
             "Choose a file of conf/host/ with host=NAME instead of setting it."
         )
-    if kind == "random":
-        known_keys(values, {"kind": None, "ops": None}, "host")
-        return Host(kind=HostKind.RANDOM, random_ops=_random_ops(group_at(values, "ops"), guest))
     settings = settings_of(HOST_KINDS[kind])
+    memory = _host_memory(values)
+    if kind == "random":
+        known_keys(values, {**settings, "ops": None}, "host")
+        return Host(kind=HostKind.RANDOM, random_ops=_random_ops(group_at(values, "ops"), guest), **memory)
     known_keys(values, settings, "host")
     if kind == "silent":
-        return Host(kind=HostKind.SILENT)
+        return Host(kind=HostKind.SILENT, **memory)
     path = checked(value_at(values, "path", "host."), settings["path"], "host.path")
     scale = checked(value_at(values, "time_scale", "host."), settings["time_scale"], "host.time_scale")
-    return Host(kind=HostKind.RECORDED, recording=_recording(path, guest), time_scale_q16=round(scale * (1 << 16)))
+    return Host(
+        kind=HostKind.RECORDED, recording=_recording(path, guest), time_scale_q16=round(scale * (1 << 16)), **memory
+    )
+
+
+def _host_memory(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `HostSettings` says as fields of `Host`; what a file leaves out has the default."""
+    settings = settings_of(HostSettings)
+    defaults = {item.name: item.default for item in fields(HostSettings)}
+    chosen = {name: checked(values.get(name, defaults[name]), settings[name], f"host.{name}") for name in settings}
+    kernel = Kernel["V" + str(chosen["kernel"]).replace(".", "_")]
+    if chosen["backing"] == "guest_memfd" and kernel is Kernel.V6_1:
+        raise ConfigurationError(
+            "host.backing=guest_memfd: Linux 6.1 has no guest_memfd (it came with 6.8). Set host.kernel=6.12."
+        )
+    return {
+        "kernel": kernel,
+        "backing": Backing[chosen["backing"].upper()],
+        "locked": chosen["mlock"],
+        "zone_movable": chosen["zone_movable"],
+    }
 
 
 def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int, int], ...]:

@@ -301,14 +301,36 @@ class CostSettings:
 
 
 @dataclass
-class SilentHostSettings:
+class HostSettings:
+    """What every kind of host has: whose memory management it is, and what it manages."""
+
+    kernel: str = _field(
+        Setting("host kernel whose measured effects hold", Kind.CHOICE, choices=("6.1", "6.12"),
+                source="spepolicy/machine/effects"), "6.1",
+    )  # fmt: skip
+    backing: str = _field(
+        Setting("what backs the guest's memory", Kind.CHOICE,
+                choices=("anonymous", "thp", "shmem", "hugetlb", "guest_memfd"),
+                source="spepolicy/machine/effects: hugetlb and guest_memfd are inferred"), "anonymous",
+    )  # fmt: skip
+    mlock: bool = _field(
+        Setting("the VMM has mlocked the guest's memory", Kind.FLAG, source="spepolicy/machine/effects"), False
+    )
+    zone_movable: bool = _field(
+        Setting("the memory is in ZONE_MOVABLE: a long-term pin moves each page out first", Kind.FLAG,
+                source="spepolicy/machine/effects"), False,
+    )  # fmt: skip
+
+
+@dataclass
+class SilentHostSettings(HostSettings):
     """A host that never touches the guest's memory."""
 
     kind: str = _choice("kind of host", ("silent",))
 
 
 @dataclass
-class RecordedHostSettings:
+class RecordedHostSettings(HostSettings):
     """A host that repeats what was recorded from a real one."""
 
     kind: str = _choice("kind of host", ("recorded",))
@@ -328,7 +350,7 @@ class RandomOpSettings:
 
 
 @dataclass
-class RandomHostSettings:
+class RandomHostSettings(HostSettings):
     """A host whose operations come at random times, each kind at a rate of its own."""
 
     kind: str = _choice("kind of host", ("random",))

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from spepolicy.arch.ownership import kvm_controls, traps
 from spepolicy.machine.draw import exponential_table, stream_key
-from spepolicy.machine.host import NEW_FRAME0
+from spepolicy.machine.effects import effects
+from spepolicy.machine.hostops import Backing, HostOp, Kernel
+from spepolicy.machine.hostpage import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
 from spepolicy.mmu.memory import FREE
@@ -71,6 +73,11 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         # On bare metal the host is the guest: nothing happens behind its back.
         "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
         "recording_scale_q16": host.time_scale_q16,
+        "backing": int(host.backing),
+        "zone_movable": int(host.zone_movable),
+        # Both went with Linux 6.10 (change_pte), or before 6.12 (measured): spepolicy.machine.hostpage.
+        "change_pte": host.kernel == Kernel.V6_1,
+        "swap_read_only": host.kernel == Kernel.V6_1 and host.backing in (Backing.ANONYMOUS, Backing.THP),
         "recording_span_ps": _recording_span_ps(scenario),
         "acts": len(guest.acts),
         "phases": len(scenario.workload.phase_ps),
@@ -155,6 +162,7 @@ def _shared(scenario: Scenario) -> dict[str, NDArray[Any]]:
         "rec_op": rec_op,
         "random_op": np.array(scenario.host.random_ops or [(0, 1, 1)], dtype=np.int64),
         "act": np.array(scenario.guest.acts or [(0, 0, 0, 0, 0, 0)], dtype=np.int64),
+        "effect_table": np.ascontiguousarray(effects(scenario.host.kernel, scenario.host.backing)),
         "exponential": exponential_table(),
     }
 
@@ -215,7 +223,8 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int
         lost=lane_array(vcpus, LOST_CAUSES),
         blackout_ps=lane_array(vcpus, LOST_CAUSES),
         claims=lane_array(6, 6),
-        host_ops=lane_array(16),
+        host_ops=lane_array(len(HostOp)),
+        host_calls=lane_array(12),
         exposure_ps=lane_array(vcpus, distributions),
         seen=lane_array(vcpus, functions),
         unseen=lane_array(vcpus, functions),
@@ -252,6 +261,7 @@ def reset(
     m.frames[lanes] = FREE
     m.vm["pool_free"][lanes] = -1
     m.vm["next_frame"][lanes] = NEW_FRAME0
+    m.vm["locked"][lanes] = int(scenario.host.locked)
     m.vcpu["tlb_page"][lanes] = -1
     m.vcpu["irq_ps"][lanes] = NEVER
     m.vcpu["reader_ps"][lanes] = NEVER

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-__all__ = ["HostOp", "Notifier"]
+__all__ = ["Backing", "HostOp", "Kernel", "Notifier"]
 
 
 class HostOp(IntEnum):
@@ -33,6 +33,46 @@ class HostOp(IntEnum):
     THP = 13  # collapsed into or split from a huge page (collapse_huge_page, __split_huge_pmd)
     DIRTY_LOG = 14  # write-protected by KVM itself, without a notifier (kvm_pgtable_stage2_wrprotect)
     SOFT_DIRTY = 15  # write-protected to find later writes (/proc/PID/clear_refs 4)
+    # Since the whole table of measured operations is played; no recording holds these.
+    FREE = 16  # MADV_FREE: may be dropped instead of swapped out, unless it is written again
+    PAGEOUT = 17  # MADV_PAGEOUT of whole huge pages, or of a range of small ones
+    PAGEOUT_PART = 18  # MADV_PAGEOUT of a part of a huge page
+    COLD = 19  # MADV_COLD
+    MPROTECT_READ = 20  # mprotect(PROT_READ), and it stays so
+    MPROTECT_NONE = 21
+    MREMAP = 22  # the pages move to another virtual address of the VMM
+    MAP_FIXED = 23  # mmap(MAP_FIXED) of new anonymous memory over the range
+    FORK_EXIT = 24  # fork, and the child has gone
+    FORK_EXCLUDED = 25  # fork with MADV_DONTFORK or MADV_WIPEONFORK
+    MBIND = 26  # mbind(MPOL_MF_MOVE)
+    SOFT_OFFLINE = 27  # the page is given up because its memory had corrected errors
+    THP_SPLIT = 28  # split_huge_pages of debugfs; MOVE and RECLAIM of a part split as well
+    REMOVE = 29  # MADV_REMOVE: a hole in the file behind the memory
+    PUNCH_HOLE = 30  # fallocate(FALLOC_FL_PUNCH_HOLE) on that file
+    TRUNCATE = 31  # ftruncate to 0 and back
+    MEMSLOT_DELETE = 32  # KVM_SET_USER_MEMORY_REGION: slot deleted and added again
+    MEMSLOT_READ_ONLY = 33  # slot deleted and added with KVM_MEM_READONLY
+    RECLAIM_LAZY = 34  # reclaim of a page after MADV_FREE
+    LRU_GEN = 35  # one turn of the multi-generation LRU's ageing (debugfs lru_gen)
+    CLEAR_REFS = 36  # /proc/PID/clear_refs 1
+    DIRECT_READ = 37  # the VMM reads from a disk into the page with O_DIRECT, a short-term pin
+
+
+class Backing(IntEnum):
+    """What backs the guest's memory in the VMM."""
+
+    ANONYMOUS = 0  # private anonymous memory in 4 KiB pages (MADV_NOHUGEPAGE)
+    THP = 1  # private anonymous memory in transparent huge pages of 2 MiB
+    SHMEM = 2  # shared memory in 4 KiB pages (memfd, /dev/shm)
+    HUGETLB = 3  # a shared hugetlbfs file in pages of 2 MiB
+    GUEST_MEMFD = 4  # guest_memfd, which the host's memory management leaves alone
+
+
+class Kernel(IntEnum):
+    """Which host kernel's memory management: those that were measured."""
+
+    V6_1 = 0
+    V6_12 = 1
 
 
 class Notifier(IntFlag):

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from spepolicy.jit import jit
-from spepolicy.machine.host import (
+from spepolicy.machine.hostops import Backing
+from spepolicy.machine.hostpage import (
+    FOLIO,
     GONE_MASK,
+    HUGE,
     PRESENT,
     RAM_FRAME0,
     ROLE_BUFFER,
@@ -18,7 +21,7 @@ from spepolicy.machine.host import (
     ROLE_SHIFT,
     ROLE_TABLE,
 )
-from spepolicy.machine.pagetables import ipa_leaf, map_ipa, unmap_ipa
+from spepolicy.machine.pagetables import ipa_leaf, map_ipa, map_ipa_block, unmap_ipa
 from spepolicy.machine.rows import (
     frames,
     host_page,
@@ -42,6 +45,8 @@ from spepolicy.mmu.tables import (
     new_table,
 )
 from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID
+
+_THP, _HUGETLB = int(Backing.THP), int(Backing.HUGETLB)
 
 # KVM's VTCR_EL2 for the default 40-bit IPA: start at level 1 with two concatenated root tables, HA set (mmu.md 6.5).
 VTCR_40BIT = kvm_vtcr(40)
@@ -142,10 +147,16 @@ def _map_stage1(m: Machine, i: int, va: int, page: int) -> None:
 
 @jit
 def _map_all_ram(m: Machine, i: int) -> None:
-    """The guest has run for a while and touched all of its memory: stage 2 maps it, page by page."""
+    """The guest has run for a while and touched all of its memory: stage 2 maps it, page by page, or huge page by huge
+    page.
+    """
     vm = vm_row(m, i)
     par = params(m, i)
     tables = pool(m, i)
+    if host_page(m, i)[0] & HUGE != 0:
+        for first in range(0, par.ram_pages, FOLIO):
+            map_ipa_block(m, i, (par.ram_page0 + first) << 12, RAM_FRAME0 + first, 1)
+        return
     for first in range(0, par.ram_pages, 512):
         ipa = (par.ram_page0 + first) << 12
         map_ipa(m, i, ipa, RAM_FRAME0 + first, 1)
@@ -187,8 +198,9 @@ def build_memory(m: Machine, i: int) -> None:
     vm = vm_row(m, i)
     par = params(m, i)
     pages = host_page(m, i)
+    huge = HUGE if par.backing == _THP or par.backing == _HUGETLB else 0
     for page in range(pages.shape[0]):
-        pages[page] = (RAM_FRAME0 + page) | PRESENT
+        pages[page] = (RAM_FRAME0 + page) | PRESENT | huge
     if par.virtualized != 0:
         for _ in range(ROOT_TABLES):
             new_table(vm, frames(m, i), pool(m, i))

@@ -34,11 +34,12 @@ from spepolicy.machine.host import (
     ROLE_SHIFT,
     cpu_touch,
     operate_on_page,
+    resident,
 )
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.kvm import access
 from spepolicy.machine.layout import DEVICE_PAGE, NOWHERE_PAGE, READ_ONLY_PAGE, guest_page, reserve_generations
-from spepolicy.machine.pagetables import ipa_leaf, va_leaf
+from spepolicy.machine.pagetables import ipa_entry, va_leaf
 from spepolicy.machine.rows import (
     act,
     exponential,
@@ -135,8 +136,8 @@ def _blame_guest(m: Machine, i: int, k: int, page: int) -> None:
     """If stage 2 has nothing for guest page *page* and the buffer is on, the fault that comes is the guest's doing."""
     if read_limit(params(m, i), vcpu_row(m, i, k)) & PMBLIMITR_E == 0:
         return
-    slot, entry = ipa_leaf(m, i, (params(m, i).ram_page0 + page) << 12)
-    if slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
+    slot, entry, _level = ipa_entry(m, i, (params(m, i).ram_page0 + page) << 12)
+    if pool(m, i)[slot, entry] & VALID == 0:
         host_page(m, i)[page] = (host_page(m, i)[page] & ~GONE_MASK) | (GONE_GUEST << GONE_SHIFT)
 
 
@@ -254,8 +255,9 @@ def balloon_table(m: Machine, i: int, k: int, va: int, tlbi: int) -> None:
     words[page] &= ~ROLE_MASK
     operate_on_page(m, i, _DONTNEED, page)
     words[page] |= role
-    leaf_slot, leaf = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
-    if leaf_slot < 0 or pool(m, i)[leaf_slot, leaf] & VALID == 0:
+    resident(m, i, page, 1)  # the guest writes to it before it uses it: a zeroed page of its own
+    leaf_slot, leaf, _level = ipa_entry(m, i, (par.ram_page0 + page) << 12)
+    if pool(m, i)[leaf_slot, leaf] & VALID == 0:
         # Where a filter keeps a pinned page, stage 2 goes on showing the old table; else all that follows is zero.
         words[page] = (words[page] & ~GONE_MASK) | (GONE_GUEST << GONE_SHIFT)
         table = detach(frames(m, i), old)

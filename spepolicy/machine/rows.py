@@ -31,6 +31,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("blackout_ps", np.int64, 3),
     ("claims", np.int64, 3),
     ("host_ops", np.int64, 2),
+    ("host_calls", np.int64, 2),
     ("exposure_ps", np.int64, 3),
     ("seen", np.int64, 3),
     ("unseen", np.int64, 3),
@@ -56,6 +57,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("rec_op", np.uint8, 1),
     ("random_op", np.int64, 2),
     ("act", np.int64, 2),
+    ("effect_table", np.int64, 4),
     ("exponential", np.int64, 1),
 )
 
@@ -160,6 +162,7 @@ lost = _make("lost", "ik")
 blackout_ps = _make("blackout_ps", "ik")
 claims = _make("claims", "i")
 host_ops = _make("host_ops", "i")
+host_calls = _make("host_calls", "i")
 exposure_ps = _make("exposure_ps", "ik")
 seen = _make("seen", "ik")
 unseen = _make("unseen", "ik")
@@ -185,4 +188,5 @@ rec_end = _make("rec_end", "")
 rec_op = _make("rec_op", "")
 random_op = _make("random_op", "")
 act = _make("act", "")
+effect_table = _make("effect_table", "")
 exponential = _make("exponential", "")

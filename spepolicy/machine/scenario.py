@@ -13,6 +13,8 @@ from enum import IntEnum, IntFlag
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.machine.hostops import Backing, Kernel
+
 __all__ = [
     "Bug",
     "Costs",
@@ -164,6 +166,10 @@ class Host:
     # RECORDED: see spepolicy.recording.Recording
     recording: object | None = None
     time_scale_q16: int = 1 << 16  # recording seconds per simulated second, times 2**16
+    kernel: Kernel = Kernel.V6_1  # whose measured effects hold
+    backing: Backing = Backing.ANONYMOUS  # of the guest's memory
+    locked: bool = False  # the VMM has mlocked it
+    zone_movable: bool = False  # it is in ZONE_MOVABLE: a long-term pin moves a page out first
 
 
 @dataclass(frozen=True)

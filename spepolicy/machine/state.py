@@ -84,6 +84,10 @@ _PARAMS = [
     "notifier_filter",
     "host_kind",
     "recording_scale_q16",
+    "backing",
+    "change_pte",
+    "swap_read_only",
+    "zone_movable",
     "recording_span_ps",
     "acts",
     "phases",
@@ -112,6 +116,7 @@ host_next_ps        host time of the next host event
 host_index          RECORDED: index of the next event; RANDOM: the operation that comes next
 host_draws          counter of key_host
 host_events         host operations applied
+host_op             HostOp of the operation under way: whose notifiers fire
 notifier_calls      MMU notifier events that reached KVM
 notifier_ignored    of these, events on pages that the policy's filter kept mapped
 stage2_unmapped     stage 2 leaves removed by notifiers
@@ -129,6 +134,8 @@ pin_calls           pages pinned in total
 pin_refused         pages refused by the memlock limit
 stale_pins          pinned pages that the host replaced behind the pin
 startup_ps          time spent in vm_created
+locked              1: the VMM has mlocked the guest's memory
+dirty_logging       1: KVM logs dirty pages
 window_count        rows in the blackout window log
 log_count           rows appended to the event log, those that did not fit included
 """
@@ -389,7 +396,9 @@ class Machine(NamedTuple):
     lost: Ints  # [N, V, LOST_CAUSES] samples lost by cause
     blackout_ps: Ints  # [N, V, LOST_CAUSES] guest time wanted and not active, by cause
     claims: Ints  # [N, 6, 6] stage 2 faults by claimed and true Cause
-    host_ops: Ints  # [N, 16] host operations applied, by HostOp
+    host_ops: Ints  # [N, len(HostOp)] host operations applied, by HostOp
+    host_calls: Ints  # [N, 12] calls of the host that reach KVM: MMU notifier events 0..7, age, change_pte, and without
+    # a notifier dirty logging's write protection and the removal of a memslot
     exposure_ps: Ints  # [N, V, D] wanted guest time by distribution
     seen: Ints  # [N, V, F] records kept, by function
     unseen: Ints  # [N, V, F] records written since the handle was opened, by function
@@ -417,4 +426,5 @@ class Machine(NamedTuple):
     rec_op: NDArray[np.uint8]  # HostOp, plus 0x80 for a write by the CPU
     random_op: Ints  # [R, 3] HostOp, mean interval ps, pages
     act: Ints  # [A, 6] GuestAct, mean interval ps or 0, guest time ps or 0, Moment, 1 with TLBI, pages
+    effect_table: Ints  # spepolicy.machine.effects: [huge, HostOp, state, COLUMNS]
     exponential: Ints  # see spepolicy.machine.draw

@@ -38,8 +38,9 @@ from spepolicy.machine.host import (
     bug_strikes,
     map_page,
 )
+from spepolicy.machine.hostpage import READ_ONLY_VMA, pin_page
 from spepolicy.machine.kvm import inject
-from spepolicy.machine.pagetables import ipa_leaf, ipa_middle, va_leaf
+from spepolicy.machine.pagetables import ipa_entry, ipa_middle, va_leaf
 from spepolicy.machine.rows import (
     claims,
     frames,
@@ -127,7 +128,7 @@ def _collect_tables(m: Machine, i: int, k: int, va: int, count: int) -> int:
             break
         fresh[count] = page
         count += 1
-        slot = find(frames(m, i), host_page(m, i)[page] & 0xF_FFFF_FFFF)
+        slot = find(frames(m, i), host_page(m, i)[page] & FRAME)
         if slot < 0 or level == 3:
             break
         address = pool(m, i)[slot, (va >> level_shift(regime_row(m, i, UPPER), level)) & 511] & OA_MASK
@@ -225,6 +226,7 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
     tables = pool(m, i)
     ram_page0 = par.ram_page0
     before = vm.stage2_maps
+    movable = par.zone_movable
     cost = 0
     middle, region = -1, -1
     for n in range(count):
@@ -238,13 +240,15 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
             region = ipa >> 30
             middle = ipa_middle(m, i, ipa)
         # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
-        resident = word & (PRESENT | SHARED | HOLE) == PRESENT
-        if not resident or middle < 0 or not _maps(leaf_descriptor(tables, middle, ipa), word & FRAME):
-            paid = map_page(m, i, page, 1)
+        resident = word & (PRESENT | SHARED | HOLE | READ_ONLY_VMA) == PRESENT
+        if not resident or movable != 0 or middle < 0 or not _maps(leaf_descriptor(tables, middle, ipa), word & FRAME):
+            paid = pin_page(m, i, page)
             if paid < 0:
                 return n, cost
-            cost += paid
-        words[page] += PIN_ONE
+            cost += paid + map_page(m, i, page, 1)
+            middle = widen(-1)  # a notifier may have freed it
+        else:
+            words[page] += PIN_ONE
     return count, cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps
 
 
@@ -371,8 +375,8 @@ def look(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
             page = (address >> 12) - par.ram_page0
             if page < 0 or page >= par.ram_pages:
                 break
-            slot, entry_ = ipa_leaf(m, i, (par.ram_page0 + page) << 12)
-            leaf = pool(m, i)[slot, entry_] if slot >= 0 else 0
+            slot, entry_, _level = ipa_entry(m, i, (par.ram_page0 + page) << 12)
+            leaf = pool(m, i)[slot, entry_]
             aged = leaf & AF == 0 and par.hardware_access_flag == 0
             if leaf & VALID == 0 or aged or (level == 4 and leaf & S2_WRITE == 0):
                 bits |= LOOK_MISSING

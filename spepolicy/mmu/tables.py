@@ -17,7 +17,7 @@ from spepolicy.errors import ConfigurationError
 from spepolicy.jit import lean
 from spepolicy.mmu.memory import attach, find
 from spepolicy.mmu.regime import PA_BITS
-from spepolicy.mmu.walker import AF, OA_MASK, S2_READ, S2_WRITE, TABLE, VALID, swap_bytes
+from spepolicy.mmu.walker import AF, OA_MASK, PAGE_MASK, S2_READ, S2_WRITE, TABLE, VALID, swap_bytes
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -31,7 +31,10 @@ TABLE_DESCRIPTOR = VALID | TABLE
 # Frames of KVM's own table pages: host kernel memory, outside every frame that backs a guest.
 STAGE2_FRAME0 = 1 << 30
 
-FRAME = 0xF_FFFF_FFFF  # of a word of the VMM's page table (spepolicy.machine.host)
+BLOCK_PAGES = 512  # a block of level 2: 2 MiB
+BLOCK_MASK = (BLOCK_PAGES << 12) - 1
+
+FRAME = 0xFFFF_FFFF  # of a word of the VMM's page table (spepolicy.machine.host)
 
 
 def kvm_vtcr(ipa_bits: int) -> int:
@@ -133,10 +136,14 @@ def middle_table(frames: Ints, pool: Ints, s: Any, ipa: int) -> int:
 
 @lean
 def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
-    """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if it has no level 3 table."""
+    """Return the level 3 descriptor of *ipa* below the level 2 table in slot *middle*, 0 if it has no level 3 table. Of
+    a block, return what the page descriptor would be.
+    """
     descriptor = pool[middle, (ipa >> 21) & 511]
     if descriptor & VALID == 0:
         return 0
+    if descriptor & TABLE == 0:
+        return descriptor | TABLE | (ipa & BLOCK_MASK & ~PAGE_MASK)
     # KVM reaches its own tables by the linear map, without the hash.
     return pool[((descriptor & OA_MASK) >> 12) - STAGE2_FRAME0, (ipa >> 12) & 511]
 
@@ -144,13 +151,17 @@ def leaf_descriptor(pool: Ints, middle: int, ipa: int) -> int:
 @lean
 def map_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int, frame: int, writable: int) -> int:
     """Map one page at stage 2. Return 0 if the entry was there already, 1 if it was invalid, 2 if it replaced a valid
-    one.
+    one, 3 if it replaced a block: as in KVM, the other pages of the block are then no longer mapped.
     """
     slot, entry, level = find_entry(frames, pool, s, ipa, 3)
+    broken = 0
     while level != 3:
         table = new_table(vm, frames, pool)
+        if pool[slot, entry] & VALID == 0:
+            refs[slot] += 1
+        else:
+            broken = 1
         pool[slot, entry] = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
-        refs[slot] += 1
         level += 1
         slot = table
         entry = (ipa >> level_shift(s, level)) & 511
@@ -163,21 +174,56 @@ def map_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int,
     pool[slot, entry] = new
     if old & VALID == 0:
         refs[slot] += 1
+        return 3 if broken != 0 else 1
+    return 2
+
+
+@lean
+def map_stage2_block(
+    vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int, frame: int, writable: int
+) -> int:
+    """Map the 2 MiB at *ipa* to *frame*, both aligned, by a block of level 2; a table that was there is freed. Return
+    as `map_stage2` does.
+    """
+    slot, entry, level = find_entry(frames, pool, s, ipa, 2)
+    while level != 2:
+        table = new_table(vm, frames, pool)
+        pool[slot, entry] = ((STAGE2_FRAME0 + table) << 12) | TABLE_DESCRIPTOR
+        refs[slot] += 1
+        level += 1
+        slot = table
+        entry = (ipa >> level_shift(s, level)) & 511
+    new = (frame << 12) | (S2_LEAF & ~TABLE)
+    if writable != 0:
+        new |= S2_WRITE
+    old = pool[slot, entry]
+    if old == new:
+        return 0
+    pool[slot, entry] = new
+    if old & VALID == 0:
+        refs[slot] += 1
         return 1
+    if old & TABLE != 0:
+        below = ((old & OA_MASK) >> 12) - STAGE2_FRAME0
+        refs[below] = 0
+        _free_table(vm, pool, below)
     return 2
 
 
 @lean
 def unmap_stage2(vm: Any, frames: Ints, pool: Ints, refs: Slots, s: Any, ipa: int) -> int:
-    """Remove one page at stage 2 and free tables that are empty then, but for the root. Return 1 if it was mapped."""
+    """Remove what maps *ipa* at stage 2, a page or a block, and free tables that are empty then, but for the root.
+    Return the pages that are no longer mapped: 0, 1 or 512, as KVM takes a block away whole.
+    """
     slot, entry, level = find_entry(frames, pool, s, ipa, 3)
-    if level != 3 or pool[slot, entry] & VALID == 0:
+    if pool[slot, entry] & VALID == 0:
         return 0
+    pages = 1 if level == 3 else BLOCK_PAGES
     while True:
         pool[slot, entry] = 0
         refs[slot] -= 1
         if level == s.start or refs[slot] != 0:
-            return 1
+            return pages
         _free_table(vm, pool, slot)
         level -= 1
         slot, entry, level = find_entry(frames, pool, s, ipa, level)

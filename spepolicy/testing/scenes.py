@@ -15,7 +15,8 @@ __all__ = ["MS", "QUIET", "SCENES", "US", "WORKLOAD", "busy_host", "guest", "kvm
 US = 1_000_000  # ps
 MS = 1000 * US
 
-DISTURBING = tuple(op for op in HostOp if op > HostOp.CPU_TOUCH)
+DISTURBING = tuple(op for op in HostOp if HostOp.CPU_TOUCH < op <= HostOp.SOFT_DIRTY)  # what recordings hold
+OPERATIONS = tuple(op for op in HostOp if op > HostOp.CPU_TOUCH)
 
 # (function, type, events, shortest latency, spread in cycles); the last one lasts longer than a short interval.
 _OUTCOMES = (
@@ -84,10 +85,11 @@ def kvm(**changes: Any) -> Kvm:
 QUIET = Kvm(exit_interval_ps=0, preempt_interval_ps=0, memlock_unlimited=True)
 
 
-def busy_host(*ops: HostOp, interval_ps: int = 20 * US, pages: int = 64) -> Host:
-    """One event every *interval_ps* on average, of the operations given (all by default)."""
+def busy_host(*ops: HostOp, interval_ps: int = 20 * US, pages: int = 64, **more: Any) -> Host:
+    """One event every *interval_ps* on average, of the operations given (by default those that recordings hold)."""
     chosen = ops or DISTURBING
-    return Host(kind=HostKind.RANDOM, random_ops=tuple((int(op), interval_ps * len(chosen), pages) for op in chosen))
+    rows = tuple((int(op), interval_ps * len(chosen), pages) for op in chosen)
+    return Host(kind=HostKind.RANDOM, random_ops=rows, **more)
 
 
 def scenario(**changes: Any) -> Scenario:

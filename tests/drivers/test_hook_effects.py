@@ -153,7 +153,7 @@ def test_each_notifier_event_is_filtered_by_its_own_bit(keep: Notifier | None) -
         (HostOp.MUNMAP, Notifier.UNMAP),
     ):
         recorder = Filter()
-        host = Host(kind=HostKind.RANDOM, random_ops=((int(op), 20 * US, 64),))
+        host = Host(kind=HostKind.RANDOM, random_ops=((int(op), 20 * US, 512),))  # whole 2 MiB: nothing is split
         result = run(recorder, quiet(host=host), lanes=2)
         ignored = bool((keep or Notifier(0)) & event)
         assert len(recorder.of("notifier_filter")) == 1

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,27 +16,7 @@ from ..properties.scenarios import US, guest, scenario
 from .interpreted import Lane, module
 from .spu_bench import Bench
 
-TABLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "kvm_real" / "pin_table" / "table_6.1.json"
-needs_table = pytest.mark.skipif(not TABLE.is_file(), reason="the measured table (shared/data/kvm_real) is not here")
-
-# Rows of the measurement, private anonymous 4 KiB pages, that an operation of the machine stands for.
-ROWS = {
-    HostOp.RECLAIM: ("memcg_memory_reclaim", "madvise_PAGEOUT_region_twice"),
-    HostOp.AGE: ("madvise_PAGEOUT_region",),
-    HostOp.KSM: ("ksm_identical_pages",),
-    HostOp.NUMA_SCAN: ("numa_balancing_scan",),
-    HostOp.MOVE: ("move_pages_other_node", "mbind_MOVE_other_node", "madvise_SOFT_OFFLINE"),
-    HostOp.COMPACT: ("compact_memory",),
-    HostOp.FORK: ("fork_child_alive", "fork_child_exits"),
-    HostOp.DONTNEED: ("madvise_DONTNEED", "mmap_MAP_FIXED_over"),
-    HostOp.MUNMAP: ("munmap_page", "mremap_move"),
-    HostOp.MPROTECT: ("mprotect_READ_then_RW",),
-    HostOp.THP: ("madvise_COLLAPSE",),
-    HostOp.DIRTY_LOG: ("kvm_dirty_log_enable", "kvm_dirty_log_write_get"),
-    HostOp.SOFT_DIRTY: ("clear_refs_4_softdirty",),
-}
-CELLS = [(op, row, mode) for op, rows in ROWS.items() for row in rows for mode in "UP"]
-FRAME = 0xF_FFFF_FFFF
+FRAME = 0xFFFF_FFFF
 VALID, WRITE, AF = 1, 1 << 7, 1 << 10
 DISTURBING = [op for op in HostOp if op > HostOp.CPU_TOUCH]
 
@@ -52,44 +28,6 @@ def ordinary_page(lane: Lane) -> int:
 
 def word(lane: Lane, page: int) -> int:
     return int(lane.m.host_page[0, page])
-
-
-@needs_table
-@pytest.mark.parametrize(("op", "row", "mode"), CELLS, ids=lambda value: getattr(value, "name", str(value)))
-def test_an_operation_does_what_was_measured(op: HostOp, row: str, mode: str) -> None:
-    """Stage 2 gone, kept, aged, write-protected or re-pointed; page moved, replaced or lost; pin stale or not."""
-    measured: dict[str, Any] = next(
-        cell
-        for cell in json.loads(TABLE.read_text())
-        if (cell["op"], cell["mode"], cell["backing"]) == (row, mode, "A")
-    )
-    host = module("machine.host")
-    lane = Lane(scenario(guest=guest(ram_pages=256)), virtualized=True)
-    page = ordinary_page(lane)
-    lane.m.host_page[0, page] += host.PIN_ONE if mode == "P" else 0
-    before, frame = lane.stage2_leaf(page), word(lane, page) & FRAME
-    lane.call("host.operate_on_page", int(op), page)
-    after = lane.stage2_leaf(page)
-
-    state = measured["s2_state"]
-    assert bool(after & VALID) == (state in ("kept", "replaced"))
-    if state == "kept":
-        assert after | WRITE | AF == before
-        assert bool(after & WRITE) == ("permission" not in measured["write_fault"])
-    if state == "replaced":
-        assert after >> 12 != before >> 12
-        assert not after & WRITE
-    if after & VALID and measured["age_gfn"]:
-        assert not after & AF
-    if measured["pfn1"] == "none" and op == HostOp.MUNMAP:
-        assert word(lane, page) & host.HOLE
-    if measured["pfn1"].startswith("swap:"):
-        assert not word(lane, page) & host.PRESENT
-    if measured["pfn0"].startswith("pfn:") and measured["pfn1"].startswith("pfn:") and op != HostOp.KSM:
-        assert (word(lane, page) & FRAME != frame) == (measured["pfn0"] != measured["pfn1"])
-    if measured.get("coherent") is not None and mode == "P":
-        assert lane.vm.stale_pins == int(not measured["coherent"])
-    assert bool(lane.call("host.cpu_touch", page, 0)) == bool(measured["read_fault"])
 
 
 @pytest.mark.parametrize("op", DISTURBING, ids=lambda op: op.name)
@@ -111,7 +49,7 @@ def test_a_filter_keeps_the_entries_of_pinned_pages_only(op: HostOp, pinned: boo
     assert word(ignored, page) & kept == word(honoured, page) & kept
     unmaps = not honoured.stage2_leaf(page) & VALID
     if pinned and unmaps:
-        assert ignored.stage2_leaf(page) == before
+        assert ignored.stage2_leaf(page) | AF == before | AF  # ageing is no unmap
         assert ignored.vm.notifier_ignored == 1
     else:
         assert ignored.stage2_leaf(page) == honoured.stage2_leaf(page)

@@ -303,7 +303,7 @@ def test_rule_38_nothing_marks_a_stage_2_fault_on_a_stage_1_table() -> None:
     bench = Bench(virtualized=True)
     slot, _ = bench.stage1_leaf(bench.start)
     frame = bench.frame_of(slot)
-    table = int(np.flatnonzero(bench.m.host_page[0] & 0xF_FFFF_FFFF == frame)[0])
+    table = int(np.flatnonzero(bench.m.host_page[0] & 0xFFFF_FFFF == frame)[0])
     bench.edit_stage2(table, lambda d: 0)
     bench.write_records(1)
     assert bench.syndrome == {"EC": EC_STAGE2, "DL": 0, "EA": 0, "S": 1, "COLL": 0, "MSS": 0x07}

@@ -63,7 +63,7 @@ def test_a_log_changes_nothing(n: int) -> None:
 
 def test_a_log_that_overflows_is_recorded_again_with_room_for_all() -> None:
     small, large = (_record(DRAWN[0], capacity) for capacity in (1, 1 << 20))
-    assert len(small.rows) == small.result.vm["log_count"][0] > 1000
+    assert len(small.rows) == small.result.vm["log_count"][0] > 100
     assert small.rows.tobytes() == large.rows.tobytes()
     with pytest.raises(ConfigurationError, match="at least one row"):
         _record(DRAWN[0], 0)

@@ -168,7 +168,7 @@ def test_the_buffer_reaches_the_page_that_the_vmm_shows(n: int, offset: int) -> 
     page = bench.buffer_page(n)
     assert status == 0
     assert ipa == ((int(bench.par.ram_page0) + page) << 12) + offset
-    assert pa == ((int(bench.m.host_page[0, page]) & 0xF_FFFF_FFFF) << 12) + offset
+    assert pa == ((int(bench.m.host_page[0, page]) & 0xFFFF_FFFF) << 12) + offset
     # Four stage 1 descriptors, each behind three of stage 2, and three for the page itself.
     assert reads == 4 * (3 + 1) + 3
     assert Bench().translate(Bench().start)[3] == 4
@@ -187,7 +187,7 @@ def _table_pages(bench: Bench) -> list[int]:
     for level in range(4):
         page = (address >> 12) - int(bench.par.ram_page0)
         pages.append(page)
-        frame = int(bench.m.host_page[0, page]) & 0xF_FFFF_FFFF
+        frame = int(bench.m.host_page[0, page]) & 0xFFFF_FFFF
         slot = bench.slot_of(frame)
         address = int(bench.m.pool[0, slot, (bench.start >> (12 + 9 * (3 - level))) & 511]) & 0xFFFF_FFFF_F000
     return pages
@@ -209,7 +209,7 @@ def test_a_stage_2_fault_on_a_stage_1_table_is_marked_as_a_walk(level: int) -> N
 def test_stage_1_faults_name_their_level(level: int) -> None:
     walker: Any = module("mmu.walker")
     bench = Bench(virtualized=True)
-    frame = int(bench.m.host_page[0, _table_pages(bench)[level]]) & 0xF_FFFF_FFFF
+    frame = int(bench.m.host_page[0, _table_pages(bench)[level]]) & 0xFFFF_FFFF
     slot = bench.slot_of(frame)
     bench.m.pool[0, slot, (bench.start >> (12 + 9 * (3 - level))) & 511] = 0
     assert bench.translate(bench.start)[0] == walker.STAGE1 | TRANSLATION | level

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from spepolicy.drivers.simulate import Result
 from spepolicy.machine.guestacts import GuestAct, Moment
-from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import Cpu, Host, IrqDelivery, Scenario, SessionMode
 from spepolicy.testing.scenes import DISTURBING as DISTURBING
 from spepolicy.testing.scenes import MS as MS
+from spepolicy.testing.scenes import OPERATIONS as OPERATIONS
 from spepolicy.testing.scenes import QUIET as QUIET
 from spepolicy.testing.scenes import US as US
 from spepolicy.testing.scenes import WORKLOAD as WORKLOAD
@@ -56,6 +57,17 @@ def random_acts(rng: random.Random) -> tuple[tuple[int, int, int, int, int, int]
     return (*acts, (int(GuestAct.RESTORE), 60 * US, 0, int(Moment.ANY), 1, 1))
 
 
+def random_host(rng: random.Random) -> Host:
+    """Draw a host by kernel, backing and operations, of which some take the memory away for good."""
+    ops = rng.choice([OPERATIONS, DISTURBING, (HostOp.MOVE, HostOp.THP, HostOp.NUMA_SCAN, HostOp.FORK)])
+    kernel = rng.choice(list(Kernel))
+    backings = [it for it in Backing if it is not Backing.GUEST_MEMFD or kernel is not Kernel.V6_1]
+    return busy_host(
+        *ops, pages=rng.choice([1, 64, 700]), kernel=kernel, backing=rng.choice(backings),
+        locked=rng.random() < 0.3, zone_movable=rng.random() < 0.3,
+    )  # fmt: skip
+
+
 def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
     """Draw a policy with its fields and a scenario."""
     largest = rng.choice([64, 128, 256])
@@ -80,7 +92,8 @@ def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
         exit_interval_ps=rng.choice([0, 40 * US]), preempt_interval_ps=rng.choice([0, 300 * US]),
         memlock_pages=rng.choice([3, 64, 2048]), irq_delivery=rng.choice(list(IrqDelivery)),
     )  # fmt: skip
-    host = rng.choice([Host(), busy_host(), busy_host(HostOp.MOVE), busy_host(HostOp.KSM, HostOp.FORK, HostOp.RECLAIM)])
+    hosts = [Host(), busy_host(), busy_host(HostOp.MOVE), busy_host(HostOp.KSM, HostOp.FORK, HostOp.RECLAIM)]
+    host = rng.choice([*hosts, random_host(rng), random_host(rng)])
     name = rng.choice(POLICIES)
     fields: dict[str, Any] = {}
     if name in ("eager_pin", "pin_on_fault", "synthetic_fault"):

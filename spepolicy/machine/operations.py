@@ -1,0 +1,406 @@
+"""The host's operations on a range of the guest's memory, as the table of effects says (`spepolicy.machine.effects`).
+
+`operate` plays a whole operation: every notifier call in order, then what becomes of the VMM's pages. KVM's dirty log
+is here too: it is the one operation that changes stage 2 without a notifier and leaves the pages alone.
+"""
+
+from __future__ import annotations
+
+from spepolicy.jit import jit, widen
+from spepolicy.machine.effects import (
+    COLLAPSE,
+    COPY_ON_WRITE,
+    COUNT_SHIFT,
+    EDGES,
+    KIND_AGE,
+    KIND_DROP,
+    KIND_MASK,
+    KIND_SET_SPTE,
+    KIND_WRITE_PROTECT,
+    LAZY,
+    LOSE,
+    MOVE,
+    OUTCOME,
+    READ_ONLY,
+    REPLACE,
+    SCOPE_MASK,
+    SCOPE_SHIFT,
+    SHARE,
+    SPAN,
+    SPARE,
+    SPLIT,
+    STEPS,
+    SWAP,
+    WRITABLE,
+    WRITE_TRACKED,
+    ZERO,
+)
+from spepolicy.machine.effects import (
+    FOLIO as SCOPE_FOLIO,
+)
+from spepolicy.machine.effects import (
+    PAGE as SCOPE_PAGE,
+)
+from spepolicy.machine.hostops import Backing, HostOp
+from spepolicy.machine.hostpage import (
+    DIRTY,
+    EMPTY,
+    FOLIO,
+    FRAME,
+    GONE_HOST,
+    HOLE,
+    HUGE,
+    KSM_FRAME,
+    LAZY_FREE,
+    LOCKED,
+    PIN_MASK,
+    PRESENT,
+    READ_ONLY_VMA,
+    ROLE_HOT,
+    ROLE_MASK,
+    ROLE_SHIFT,
+    ROLE_TABLE,
+    SHARED,
+    TRACKED,
+    age,
+    clear_in_leaf,
+    cpu_touch,
+    fresh_folio,
+    fresh_frame,
+    invalidate_tlb,
+    notify,
+    repoint,
+    set_frame,
+    split_folio,
+    taken,
+)
+from spepolicy.machine.pagetables import unmap_ipa
+from spepolicy.machine.rows import effect_table, host_calls, host_page, params, vm_row
+from spepolicy.machine.state import Machine
+from spepolicy.mmu.walker import S2_WRITE
+
+_RECLAIMS = (int(HostOp.RECLAIM), int(HostOp.PAGEOUT), int(HostOp.PAGEOUT_PART))
+_RECLAIM, _PAGEOUT, _PAGEOUT_PART = _RECLAIMS
+_RECLAIM_LAZY = int(HostOp.RECLAIM_LAZY)
+_THP = int(HostOp.THP)
+_HUGETLB = int(Backing.HUGETLB)
+
+
+# ---- what becomes of pages -------------------------------------------------------------------------------------------
+
+
+@jit
+def exempt(word: int, effect: int) -> bool:
+    """Tell whether an operation leaves a page alone because of what the guest uses it for: a live translation table is
+    not identical to another page, and no VMM discards a page that the guest uses so.
+    """
+    return effect & (SHARE | REPLACE | LOSE) != 0 and (word & ROLE_MASK) >> ROLE_SHIFT >= ROLE_TABLE
+
+
+@jit
+def change_backing(m: Machine, i: int, word: int, effect: int) -> int:
+    """Apply what an operation does to the VMM's own page; return the new word. SPLIT and COLLAPSE are for others."""
+    vm = vm_row(m, i)
+    if effect & MOVE != 0:
+        word = set_frame(m, i, word, fresh_frame(vm), 1)
+    if effect & SWAP != 0:
+        word &= ~PRESENT
+    if effect & COPY_ON_WRITE != 0:
+        word |= SHARED
+    if effect & SHARE != 0:
+        word = set_frame(m, i, word, KSM_FRAME, 0) | SHARED
+    if effect & REPLACE != 0:
+        if word & PIN_MASK != 0:
+            vm.stale_pins += 1
+        word = set_frame(m, i, word, fresh_frame(vm), 0) & ~(SHARED | TRACKED | LAZY_FREE)
+        word = (word & ~PRESENT) | EMPTY if effect & ZERO != 0 else word | PRESENT
+    if effect & LOSE != 0:
+        word = (word | HOLE) & ~PRESENT
+    if effect & READ_ONLY != 0:
+        word |= READ_ONLY_VMA
+    if effect & WRITABLE != 0:
+        word &= ~READ_ONLY_VMA
+    if effect & WRITE_TRACKED != 0:
+        word |= TRACKED
+    if effect & LAZY != 0:
+        word |= LAZY_FREE
+    return word
+
+
+@jit
+def _change_pages(m: Machine, i: int, first: int, last: int, effect: int) -> None:
+    """Apply *effect* to pages first..last-1. A huge page that moves stays one."""
+    words = host_page(m, i)
+    whole = effect & COLLAPSE != 0 or (words[first] & HUGE != 0 and last - first == FOLIO and effect & SPLIT == 0)
+    folio = widen(-1)
+    if whole and effect & MOVE != 0:
+        folio = fresh_folio(vm_row(m, i))
+    elif words[first] & HUGE != 0 and effect & (MOVE | REPLACE | SHARE | SWAP | LOSE) != 0:
+        split_folio(m, i, first)
+    for page in range(first, last):
+        word = words[page]
+        if word & HOLE != 0 or exempt(word, effect):
+            continue
+        if folio >= 0:
+            word = set_frame(m, i, word, folio + page - first, 1)
+            words[page] = change_backing(m, i, word, effect & ~MOVE)
+        else:
+            words[page] = change_backing(m, i, word, effect)
+        if effect & COLLAPSE != 0:
+            words[page] = (words[page] | HUGE | PRESENT) & ~EMPTY
+    if effect & SPLIT != 0:
+        split_folio(m, i, first)
+
+
+# ---- a whole operation -----------------------------------------------------------------------------------------------
+
+
+@jit
+def _folio_pinned(m: Machine, i: int, page: int) -> bool:
+    words = host_page(m, i)
+    first = page & ~(FOLIO - 1)
+    for n in range(first, min(first + FOLIO, words.shape[0])):  # noqa: SIM110 - compiled code has no generators
+        if words[n] & PIN_MASK != 0:
+            return True
+    return False
+
+
+@jit
+def _row(m: Machine, i: int, op: int, page: int) -> int:
+    """Return which row of the table holds for *page*: 4 times huge, plus the state (1 mlocked, 2 pinned). -1: none."""
+    word = host_page(m, i)[page]
+    if word & HOLE != 0:
+        return -1
+    huge = 1 if word & HUGE != 0 else 0
+    pinned = _folio_pinned(m, i, page) if huge != 0 else word & PIN_MASK != 0
+    locked = 1 if word & LOCKED != 0 else vm_row(m, i).locked
+    state = (2 if pinned else 0) + locked
+    effect = effect_table(m)[huge, op, state, OUTCOME]
+    if huge == 0 and exempt(word, effect):
+        return -1
+    if effect & SWAP != 0 and word & PRESENT == 0:
+        return -1  # nothing to reclaim
+    if effect & SHARE != 0 and word & (SHARED | FRAME) == SHARED | KSM_FRAME:
+        return -1  # merged already
+    return 4 * huge + state
+
+
+@jit
+def _edges(m: Machine, i: int, first: int, last: int, kind: int, times: int) -> None:
+    """Notify of the 2 MiB around each end of first..last that is not a multiple of 2 MiB."""
+    pages = host_page(m, i).shape[0]
+    before = widen(-1)
+    if first & (FOLIO - 1) != 0:
+        before = first & ~(FOLIO - 1)
+        notify(m, i, kind, before, min(before + FOLIO, pages), times)
+    behind = last & ~(FOLIO - 1)
+    if last & (FOLIO - 1) != 0 and behind != before:
+        notify(m, i, kind, behind, min(behind + FOLIO, pages), times)
+
+
+@jit
+def _folios(m: Machine, i: int, first: int, last: int, kind: int, times: int) -> None:
+    """Notify of each huge page in first..last."""
+    words = host_page(m, i)
+    page = first
+    while page < last:
+        end = page + 1
+        if words[page] & HUGE != 0:
+            page &= ~(FOLIO - 1)
+            end = min(page + FOLIO, words.shape[0])
+        notify(m, i, kind, page, end, times)
+        page = end
+
+
+@jit
+def _step_on_range(m: Machine, i: int, step: int, first: int, last: int) -> None:
+    kind, times = step & KIND_MASK, step >> COUNT_SHIFT
+    if kind == KIND_WRITE_PROTECT:
+        write_protect(m, i, first, last)
+    elif kind == KIND_DROP:
+        drop(m, i, first, last)
+    elif (step >> SCOPE_SHIFT) & SCOPE_MASK == SCOPE_FOLIO:
+        _folios(m, i, first, last, kind, times)
+    else:
+        notify(m, i, kind, first, last, times)
+
+
+@jit
+def _operate_on_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
+    """An operation that takes its range in one call: the steps one after the other, each on the pages it is for."""
+    table = effect_table(m)
+    for s in range(STEPS):
+        current, start, found, split = 0, first, False, False
+        for page in range(first, last + 1):
+            step = 0
+            if page < last:
+                row = _row(m, i, op, page)
+                step = table[row >> 2, op, row & 3, s] if row >= 0 else 0
+            if step != current:
+                if current != 0 and (current >> SCOPE_SHIFT) & SCOPE_MASK != EDGES:
+                    _step_on_range(m, i, current, start, page)
+                elif current != 0 and not split:
+                    split = True
+                    _edges(m, i, first, last, current & KIND_MASK, current >> COUNT_SHIFT)
+                current, start, found = step, page, True
+        if not found:
+            break
+    page = first
+    while page < last:
+        row = _row(m, i, op, page)
+        end = page + 1
+        if row >= 4:
+            end = min((page & ~(FOLIO - 1)) + FOLIO, last)
+        if row >= 0:
+            effect = table[row >> 2, op, row & 3, OUTCOME]
+            if effect != 0:
+                _change_pages(m, i, page, end, effect)
+        page = end
+
+
+@jit
+def _can_collapse(m: Machine, i: int, first: int) -> bool:
+    """khugepaged gives up at a page that is pinned or shared, or is not there (max_ptes_swap aside)."""
+    words = host_page(m, i)
+    if first + FOLIO > words.shape[0]:
+        return False
+    for n in range(first, first + FOLIO):
+        if words[n] & (PIN_MASK | HOLE | SHARED | READ_ONLY_VMA) != 0 or words[n] & PRESENT == 0:
+            return False
+    return True
+
+
+@jit
+def _operate_on_folio(m: Machine, i: int, op: int, page: int, row: int) -> int:
+    """Do the steps of an operation that takes page by page on *page*, or on its huge page. Return the page behind."""
+    words = host_page(m, i)
+    steps = effect_table(m)[row >> 2, op, row & 3]
+    effect = steps[OUTCOME]
+    first, last = page, page + 1
+    if row >= 4 or op == _THP:
+        first = page & ~(FOLIO - 1)
+        last = min(first + FOLIO, words.shape[0])
+    if op == _THP and steps[0] != 0 and not _can_collapse(m, i, first):
+        return last
+    single, points = row < 4 and op != _THP, False
+    for s in range(STEPS):
+        step = steps[s]
+        kind, times = step & KIND_MASK, step >> COUNT_SHIFT
+        scope = (step >> SCOPE_SHIFT) & SCOPE_MASK
+        if scope == 0:
+            break
+        low, high = first, last
+        if scope == SCOPE_PAGE:
+            low, high, single = page, page + 1, True
+        if kind == KIND_AGE:
+            if age(m, i, low, high, times) != 0 and step & SPARE != 0:
+                return last
+        elif kind == KIND_SET_SPTE:
+            points = True
+        else:
+            notify(m, i, kind, low, high, times)
+    if effect != 0:
+        if single:
+            _change_pages(m, i, page, page + 1, effect)
+        else:
+            _change_pages(m, i, first, last, effect)
+    if points:
+        repoint(m, i, page)
+    return page + 1 if single else last
+
+
+@jit
+def _operate_on_pages(m: Machine, i: int, op: int, first: int, last: int) -> None:
+    page = first
+    while page < last:
+        chosen = op
+        if host_page(m, i)[page] & LAZY_FREE != 0 and op in (_RECLAIM, _PAGEOUT, _PAGEOUT_PART):
+            chosen = _RECLAIM_LAZY
+        row = _row(m, i, chosen, page)
+        page = _operate_on_folio(m, i, chosen, page, row) if row >= 0 else page + 1
+
+
+@jit
+def operate(m: Machine, i: int, op: int, first: int, last: int) -> None:
+    """Let the host do HostOp *op* to guest pages first..last-1 of lane *i*: every notifier call, stage 2, the pages."""
+    words = host_page(m, i)
+    vm_row(m, i).host_op = op
+    if params(m, i).backing == _HUGETLB:
+        # Half a hugetlb page cannot be unmapped, protected or discarded: such calls are refused, or rounded inwards.
+        first = (first + FOLIO - 1) & ~(FOLIO - 1)
+        last &= ~(FOLIO - 1)
+    if first >= last:
+        return
+    if effect_table(m)[0, op, 0, SPAN] != 0 or effect_table(m)[1, op, 0, SPAN] != 0:
+        _operate_on_range(m, i, op, first, last)
+    else:
+        _operate_on_pages(m, i, op, first, last)
+    for page in range(first & ~(FOLIO - 1), min((last + FOLIO - 1) & ~(FOLIO - 1), words.shape[0])):
+        if words[page] & ROLE_MASK == ROLE_HOT << ROLE_SHIFT:
+            cpu_touch(m, i, page, 0)  # a CPU's next walk faults it in again, long before the SPU's
+
+
+# ---- KVM's dirty log and memslots ------------------------------------------------------------------------------------
+
+
+@jit
+def write_protect(m: Machine, i: int, first: int, last: int) -> None:
+    """kvm_pgtable_stage2_wrprotect: pages first..last-1 become read-only at stage 2, a block as a whole."""
+    words = host_page(m, i)
+    host_calls(m, i)[KIND_WRITE_PROTECT] += 1
+    for page in range(first, last):
+        clear_in_leaf(m, i, page, S2_WRITE)
+        words[page] = taken(words[page], GONE_HOST)
+
+
+@jit
+def set_dirty_logging(m: Machine, i: int, on: int) -> None:
+    """Turn KVM_MEM_LOG_DIRTY_PAGES of the lane's memslot on, which write-protects all of it, or off, which changes no
+    entry (measured: kvm_dirty_log_on_write_off).
+    """
+    vm = vm_row(m, i)
+    words = host_page(m, i)
+    if on != 0 and vm.dirty_logging == 0:
+        for page in range(words.shape[0]):
+            words[page] &= ~DIRTY
+        write_protect(m, i, 0, words.shape[0])
+    vm.dirty_logging = on
+
+
+@jit
+def collect_dirty(m: Machine, i: int, first: int, last: int, keep: int) -> int:
+    """KVM_GET_DIRTY_LOG of pages first..last-1: write-protect what is dirty, again, in blocks of 64 pages as KVM does,
+    and clear it in the log. With *keep*, pinned pages stay writable and dirty (kvm.md 2.3, M6). Return the dirty pages.
+    """
+    words = host_page(m, i)
+    dirty = 0
+    for block in range(first, last, 64):
+        before = dirty
+        for page in range(block, min(block + 64, last)):
+            if words[page] & DIRTY == 0:
+                continue
+            dirty += 1
+            if keep != 0 and words[page] & PIN_MASK != 0:
+                continue
+            words[page] = taken(words[page] & ~DIRTY, GONE_HOST)
+            clear_in_leaf(m, i, page, S2_WRITE)
+        if dirty != before:
+            host_calls(m, i)[KIND_WRITE_PROTECT] += 1
+    return dirty
+
+
+@jit
+def drop(m: Machine, i: int, first: int, last: int) -> None:
+    """KVM unmaps pages first..last-1 itself, without a notifier: their memslot goes, or guest_memfd has a hole."""
+    par = params(m, i)
+    words = host_page(m, i)
+    host_calls(m, i)[KIND_DROP] += 1
+    for page in range(first, last):
+        gone = unmap_ipa(m, i, (par.ram_page0 + page) << 12)
+        if gone == 0:
+            continue
+        vm_row(m, i).stage2_unmapped += 1
+        start = page & ~(gone - 1)
+        for n in range(start, start + gone):
+            words[n] = taken(words[n], GONE_HOST)
+    invalidate_tlb(m, i, par.ram_page0 + first, par.ram_page0 + last)
