@@ -77,6 +77,7 @@ from spepolicy.machine.hostpage import (
 from spepolicy.machine.pagetables import unmap_ipa
 from spepolicy.machine.rows import effect_table, host_calls, host_page, params, vm_row
 from spepolicy.machine.state import Machine
+from spepolicy.machine.trace import UNMAPPED, log_host
 from spepolicy.mmu.walker import S2_WRITE
 
 _RECLAIMS = (int(HostOp.RECLAIM), int(HostOp.PAGEOUT), int(HostOp.PAGEOUT_PART))
@@ -392,15 +393,19 @@ def collect_dirty(m: Machine, i: int, first: int, last: int, keep: int) -> int:
 @jit
 def drop(m: Machine, i: int, first: int, last: int) -> None:
     """KVM unmaps pages first..last-1 itself, without a notifier: their memslot goes, or guest_memfd has a hole."""
+    vm = vm_row(m, i)
     par = params(m, i)
     words = host_page(m, i)
     host_calls(m, i)[KIND_DROP] += 1
+    before = vm.stage2_unmapped
     for page in range(first, last):
         gone = unmap_ipa(m, i, (par.ram_page0 + page) << 12)
         if gone == 0:
             continue
-        vm_row(m, i).stage2_unmapped += 1
+        vm.stage2_unmapped += 1
         start = page & ~(gone - 1)
         for n in range(start, start + gone):
             words[n] = taken(words[n], GONE_HOST)
+    log_host(m, i, UNMAPPED, vm.host_op, first | ((last - first) << 32), vm.stage2_unmapped - before)
+    first, last = first & ~(FOLIO - 1), (last + FOLIO - 1) & ~(FOLIO - 1)  # a block went as a whole
     invalidate_tlb(m, i, par.ram_page0 + first, par.ram_page0 + last)
