@@ -168,7 +168,7 @@ def test_pin_on_fault_pins_the_rest_of_the_buffer_at_the_first_fault() -> None:
 
 @pytest.mark.parametrize("name", ["pin_on_fault", "synthetic_fault"])
 def test_a_fault_that_cut_a_record_is_told_to_the_guest(name: str) -> None:
-    one_page = Host(kind=HostKind.RANDOM, random_ops=((int(HostOp.MPROTECT), 10 * US, 1),))
+    one_page = Host(kind=HostKind.RANDOM, random_ops=((int(HostOp.NUMA_SCAN), 10 * US, 1),))  # unmaps no more than it
     cpu = Cpu(max_record_bytes=64, align_bytes=4)
     result = run(name, quiet(host=one_page, cpu=cpu, guest=replace(fresh, ram_pages=64), duration_ps=6 * MS))
     t = result.truth
