@@ -549,7 +549,7 @@ def contents(**changes: Any) -> dict[str, Any]:
             "'ram_pages' in meta",
         ),
         ({"op": np.zeros(605, np.uint8)}, "op holds 0.*expected a HostOp"),
-        ({"op": np.full(605, 16, np.uint8)}, "op holds 16"),
+        ({"op": np.full(605, 38, np.uint8)}, "op holds 38"),
         ({"op": np.ones(605, np.int64)}, "array op is int64"),
         ({"op": np.ones(604, np.uint8)}, r"array time_step is .*shape \[604\]"),
         ({"notifier": np.full(605, 8, np.uint8)}, "notifier holds 8"),
@@ -678,9 +678,11 @@ def test_save_wants_npz(tmp_path: Path) -> None:
 def test_numbers_are_fixed() -> None:
     assert ",".join(op.name for op in HostOp) == (
         "NONE,CPU_TOUCH,RECLAIM,AGE,KSM,NUMA_SCAN,NUMA_MIGRATE,MOVE,COMPACT,FORK,DONTNEED,MUNMAP,MPROTECT,THP,"
-        "DIRTY_LOG,SOFT_DIRTY"
+        "DIRTY_LOG,SOFT_DIRTY,FREE,PAGEOUT,PAGEOUT_PART,COLD,MPROTECT_READ,MPROTECT_NONE,MREMAP,MAP_FIXED,FORK_EXIT,"
+        "FORK_EXCLUDED,MBIND,SOFT_OFFLINE,THP_SPLIT,REMOVE,PUNCH_HOLE,TRUNCATE,MEMSLOT_DELETE,MEMSLOT_READ_ONLY,"
+        "RECLAIM_LAZY,LRU_GEN,CLEAR_REFS,DIRECT_READ"
     )
-    assert [op.value for op in HostOp] == list(range(16))
+    assert [op.value for op in HostOp] == list(range(38))
     assert {it.name: int(it).bit_length() - 1 for it in Notifier} == {
         "UNMAP": 0,
         "CLEAR": 1,
