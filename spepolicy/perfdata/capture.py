@@ -10,8 +10,7 @@ that the file does not tell is -1 or empty. Two things are done more carefully t
 * After a byte that is no packet perf goes on with the next byte, and each yields a record. Here
   `spepolicy.spe.packets` finds the next record, and reports what it left out.
 
-Not read: samples of other events, data that perf compressed (`perf record -z`; reported), directories
-(`perf record --threads`), tracepoints' formats.
+Not read: samples of other events, directories (`perf record --threads`), tracepoints' formats.
 """
 
 from __future__ import annotations
@@ -108,12 +107,6 @@ def parse(content: bytes, source: str) -> Capture:
         )
     if got.info is None:
         problems.add(-1, "there is no AUXTRACE_INFO: that the AUX data is SPE's is assumed")
-    if got.compressed_bytes:
-        problems.add(
-            -1,
-            f"{got.compressed_bytes} bytes of records are compressed (perf record -z) and not read: names, losses and "
-            "times of the kernel's records are missing. AUX data is never compressed, so the SPE records are all here",
-        )
     return _decoded(got, got.tables(), source)
 
 

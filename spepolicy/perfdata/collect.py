@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.perfdata.compressed import compressed_body, inflate
 from spepolicy.perfdata.container import PerfFile, Record, parse_attr
 from spepolicy.perfdata.layout import (
     ARM_SPE,
@@ -88,7 +89,8 @@ class Collected:
     counts: dict[int, int] = field(default_factory=dict)
     clock: TimeConv | None = None
     info: AuxtraceInfo | None = None
-    compressed_bytes: int = 0
+    compressed: list[memoryview] = field(default_factory=list)
+    compressed_at: int = -1  # byte in the file of the first
 
     def tables(self) -> dict[str, NDArray[Any]]:
         """Return the tables by the names that `spepolicy.perfdata.capture.Capture` has them under."""
@@ -121,6 +123,9 @@ def collect(file: PerfFile) -> Collected:
     got = Collected(file)
     for record in file.records():
         got.take(record)
+    if got.compressed:
+        for record in inflate(got.compressed, got.compressed_at, len(file.data), file.problems):
+            got.take(record)
     return got
 
 
@@ -200,7 +205,9 @@ def _header_feature(got: Collected, record: Record) -> None:
 
 
 def _compressed(got: Collected, record: Record) -> None:
-    got.compressed_bytes += len(record.body)
+    got.compressed.append(compressed_body(record))
+    if got.compressed_at < 0:
+        got.compressed_at = record.offset
 
 
 _USES: dict[int, Callable[[Collected, Record], None]] = {

@@ -37,7 +37,7 @@ from spepolicy.perfdata.layout import (
     sample_id_bytes,
 )
 
-__all__ = ["Event", "PerfFile", "Problem", "Problems", "Record", "open_container"]
+__all__ = ["Event", "PerfFile", "Problem", "Problems", "Record", "known_type", "open_container", "parse_attr"]
 
 MAX_PROBLEMS = 1000  # reported one by one; of the rest only the number
 _CHAIN = 3
@@ -157,7 +157,7 @@ def _record_at(data: memoryview, at: int, end: int) -> tuple[Record, int, int] |
     if at + 8 > end:
         return f"{end - at} bytes are left, too few for a record"
     kind, misc, size = HEADER.unpack_from(data, at)
-    if kind >= 1 << 16 or not _KNOWN[kind]:
+    if not known_type(kind):
         return f"no record has type {kind}"
     if size < 8:
         return f"a record of type {Type(kind).name} cannot have {size} bytes"
@@ -179,6 +179,11 @@ def _payload_bytes(kind: int, body: memoryview) -> int | None:
     if kind == Type.AUXTRACE:
         return int.from_bytes(body[:8], "little") if len(body) >= 40 else None
     return int.from_bytes(body[:4], "little") if len(body) >= 4 else None
+
+
+def known_type(kind: int) -> bool:
+    """Whether there are records of type *kind*."""
+    return kind < 1 << 16 and bool(_KNOWN[kind])
 
 
 def _resync(data: memoryview, start: int, end: int) -> int:

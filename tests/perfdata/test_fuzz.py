@@ -20,7 +20,7 @@ from spepolicy.perfdata.capture import Capture, parse
 from spepolicy.perfdata.container import MAX_PROBLEMS
 from spepolicy.perfdata.layout import Type
 from tests.perfdata.streams import add_session, load, two_sessions, writer
-from tests.perfdata.test_read import through_a_pipe
+from tests.perfdata.test_read import squeezed, through_a_pipe, zstd
 
 SEED = int(os.environ.get("SPEPOLICY_FUZZ_SEED", "1"))
 FILES = int(os.environ.get("SPEPOLICY_FUZZ_FILES", "600"))
@@ -61,7 +61,8 @@ def bounded(content: bytes) -> Capture | None:
 
 
 def seeds() -> list[bytes]:
-    return [two_sessions(), through_a_pipe(two_sessions()), DEMO.read_bytes()[:6000], DEMO.read_bytes()]
+    demo = DEMO.read_bytes()
+    return [two_sessions(), through_a_pipe(two_sessions()), demo[:6000], demo, squeezed(demo, version=2)]
 
 
 def mutations(rng: np.random.Generator) -> Iterator[bytes]:
@@ -124,6 +125,7 @@ HOSTILE = {
     "headers that only look right": lambda: stream(struct.pack("<IHHQ", Type.AUX, 0, 0xFFF8, 0) * 20_000),
     "empty queues": lambda: stream(b"".join(aux_data(n) for n in range(10_000))),
     "AUX data that is not there": lambda: stream(aux_data(0, size=1 << 62) * 1000),
+    "records that unpack to a thousand times their size": lambda: stream(packed(comm(7) * 100_000)),
     "names": lambda: stream(b"".join(comm(n) for n in range(10_000))),
 }
 
@@ -142,6 +144,11 @@ def stream(records: bytes) -> bytes:
 
 def aux_data(queue: int, size: int = 0) -> bytes:
     return struct.pack("<IHHQQQIiiI", Type.AUXTRACE, 0, 48, size, 0, 0, queue, -1, 0, 0)
+
+
+def packed(records: bytes) -> bytes:
+    body = zstd(records)
+    return struct.pack("<IHH", Type.COMPRESSED, 0, 8 + len(body)) + body
 
 
 def comm(n: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from spepolicy.errors import CaptureError
 from spepolicy.perfdata import read
 from spepolicy.perfdata.__main__ import main
 from spepolicy.perfdata.capture import Capture, parse
+from spepolicy.perfdata.container import open_container
 from spepolicy.perfdata.layout import (
     CPU_MAGIC,
     AuxFlag,
@@ -355,13 +357,65 @@ def test_what_is_no_file_is_refused(path: str, tmp_path: Path) -> None:
         read(tmp_path / path)
 
 
-def test_compressed_records_are_reported() -> None:
+# -- compressed records ------------------------------------------------------------------------------------------------
+
+
+def zstd(content: bytes) -> bytes:
+    """Compress as perf does: flushed, and without an end of the frame."""
+    import pyarrow
+
+    raw = io.BytesIO()
+    stream = pyarrow.CompressedOutputStream(pyarrow.PythonFile(raw, "wb"), "zstd")
+    stream.write(content)
+    stream.flush()
+    return raw.getvalue()
+
+
+def squeezed(content: bytes, version: int = 1, cut: int = 0) -> bytes:
+    """Return *content* with the kernel's records compressed, as two records, of which the last lacks *cut* bytes."""
+    file = open_container(memoryview(content), "whole")
+    kernel, rest = b"", b""
+    for record in file.records():
+        raw = content[record.offset : record.offset + 8 + len(record.body)] + bytes(record.payload)
+        if record.kind < 64:
+            kernel += raw
+        else:
+            rest += raw
+    packed = zstd(kernel)
+    packed = packed[: len(packed) - cut]
+    for piece in (packed[:41], packed[41:]):
+        if version == 1:
+            rest += struct.pack("<IHH", Type.COMPRESSED, 0, 8 + len(piece)) + piece
+        else:
+            padded = piece + bytes(-len(piece) % 8)
+            rest += struct.pack("<IHHQ", Type.COMPRESSED2, 0, 16 + len(padded), len(piece)) + padded
+    at, _ = stream_of(content)
+    return content[:0x30] + struct.pack("<Q", len(rest)) + bytes(16) + bytes(32) + content[0x68:at] + rest
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_compressed_records_are_read(version: int) -> None:
+    plain, packed = parse(two_sessions(), "plain"), parse(squeezed(two_sessions(), version), "packed")
+    assert packed.complete, packed.report()
+    for name in ("records", "where", "aux", "comms", "maps"):
+        assert np.array_equal(getattr(plain, name), getattr(packed, name)), name
+    assert packed.record_counts["AUX"] == 2
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_damage_to_compressed_records_is_told_and_costs_no_spe_data(cut: int) -> None:
+    capture = parse(squeezed(two_sessions(), cut=cut), "cut")
+    assert len(capture.records) == 6
+    assert "compressed records" in texts(capture)
+
+
+def test_compressed_records_cannot_claim_more_than_they_have() -> None:
     made = writer()
-    made.add(Type.COMPRESSED, bytes(100 + 4))
+    made.add(Type.COMPRESSED2, struct.pack("<Q", 1000) + bytes(16))
     add_session(made, load(0x400000, 900))
     capture = file_of(made)
     assert len(capture.records) == 1
-    assert "104 bytes of records are compressed" in texts(capture)
+    assert "claims 1000 bytes" in texts(capture)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
