@@ -23,8 +23,10 @@ from spepolicy.errors import (
     OutputError,
     SpePolicyError,
     UnknownPolicyError,
+    UnsupportedPolicyError,
     nearest,
 )
+from spepolicy.platforms import reason_not_to_run
 from spepolicy.plugins import PolicyInfo, build_policy, installed_policies
 from spepolicy.policy_fields import fields_of
 from spepolicy.schema import MISSING
@@ -180,6 +182,14 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
             policies[baseline] = baseline_policy(baseline)
     check_policies(options.lanes.lanes, policies)
     scenario = to_scenario(config)
+    notes = list(host_notes(config, scenario))
+    for each, policy in list(policies.items()):
+        reason = reason_not_to_run(policy, each, scenario)
+        if reason is not None and each == name:
+            raise UnsupportedPolicyError(each, reason)
+        if reason is not None:
+            del policies[each]
+            notes.append(f"Baseline {each} cannot run: {reason}.")
     return Plan(
         chosen=name,
         policies=policies,
@@ -189,7 +199,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
         run_dir=run_dir,
         tracking=TrackingSettings(**options.tracking),
         config=dict(config),
-        notes=host_notes(config, scenario),
+        notes=tuple(notes),
         lanes=options.lanes,
     )
 

@@ -11,7 +11,7 @@ from spepolicy.machine.hostops import HostOp
 if TYPE_CHECKING:
     from spepolicy.machine.scenario import Scenario
 
-__all__ = ["platform_of", "why_unsupported"]
+__all__ = ["platform_of", "reason_not_to_run", "why_unsupported"]
 
 
 def platform_of(scenario: Scenario) -> Platform:
@@ -33,6 +33,13 @@ def platform_of(scenario: Scenario) -> Platform:
         numa_balancing=bool(ops & {HostOp.NUMA_SCAN, HostOp.NUMA_MIGRATE}),
         ksm=HostOp.KSM in ops,
     )
+
+
+def reason_not_to_run(policy: object, name: str, scenario: Scenario) -> str | None:
+    """Return why the *policy* called *name* cannot run on the machine of *scenario*, or None if it can."""
+    from spepolicy.plugins import make_plugin_manager
+
+    return why_unsupported(make_plugin_manager(policy, ()), scenario, name)
 
 
 def why_unsupported(manager: Any, scenario: Scenario, name: str) -> str | None:

@@ -2,7 +2,8 @@
 
 `Findings` is what the judge observed of one policy. Reporters (`spepolicy.hookspecs.ReporterSpec`) turn it into
 `Erratum` records; a policy may document its own limitations in its `errata` hook. `merge_errata` brings both together,
-`errata_as_json` and `errata_as_markdown` render them. Standard library only: every plugin imports this module.
+`errata_as_json` gives plain containers, `spepolicy.judge.errata_page` pages. Standard library only: every plugin
+imports this module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ __all__ = [
     "Findings",
     "Observation",
     "errata_as_json",
-    "errata_as_markdown",
     "merge_errata",
 ]
 
@@ -145,57 +145,3 @@ def errata_as_json(findings: Findings, errata: Sequence[Erratum]) -> dict[str, A
         "observations": {name: asdict(seen) for name, seen in findings.observations.items()},
         "errata": [asdict(erratum) for erratum in errata],
     }
-
-
-_VERSION_NAMES = {1: "SPE", 2: "SPEv1p1", 3: "SPEv1p2", 4: "SPEv1p3", 5: "SPEv1p4", 6: "SPEv1p5"}
-
-
-def errata_as_markdown(findings: Findings, errata: Sequence[Erratum]) -> str:
-    """Return `errata.md`: a table, then a section an erratum, in the manner of the kernel's documentation."""
-    version = _VERSION_NAMES.get(findings.spe_version, "unknown version")
-    place = "in a KVM guest" if findings.virtualized else "on bare metal"
-    title = f"Errata of the SPE policy {findings.policy}"
-    lines = [
-        title,
-        "=" * len(title),
-        "",
-        f"What a profile taken {place} under the policy `{findings.policy}` does that the architecture does not allow,",
-        f"or that a user has to know. Found by simulation of {findings.replicates} replicates, {findings.guest_s:.3g} "
-        f"s",
-        f"of guest time in all, of which profiling was wanted in {findings.wanted_s:.3g} s, on {version}",
-        f"(ID_AA64DFR0_EL1.PMSVer = {findings.spe_version}).",
-        "",
-    ]
-    if not errata:
-        return "\n".join([*lines, "Nothing was found, and the policy documents no limitation.", ""])
-    lines += ["| Erratum | Title | Severity | To blame | Seen | Documented |", "|---|---|---|---|---:|---|"]
-    lines += [
-        f"| {e.id} | {_cell(e.title)} | {e.severity} | {e.blame} | {e.count} | {'yes' if e.documented else 'no'} |"
-        for e in errata
-    ]
-    for erratum in errata:
-        lines += ["", *_section(erratum, findings)]
-    return "\n".join([*lines, ""])
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _section(erratum: Erratum, findings: Findings) -> list[str]:
-    heading = f"{erratum.id}: {erratum.title}"
-    rate = erratum.count / findings.wanted_s if findings.wanted_s else 0.0
-    seen = f"{erratum.count} times ({rate:.3g} a second of wanted profiling)" if erratum.count else "not in this run"
-    rows = [
-        ("Affects", erratum.versions),
-        ("Trigger", erratum.trigger),
-        ("Effect on the guest", erratum.effect_on_guest),
-        ("Effect on the profile", erratum.effect_on_profile),
-        ("Seen", seen),
-    ]
-    if erratum.first_trace:
-        rows.append(("First", ", ".join(f"{key} {value}" for key, value in erratum.first_trace.items())))
-    rows += [("To blame", erratum.blame), ("Workaround", erratum.workaround)]
-    if erratum.source:
-        rows.append(("Source", erratum.source))
-    return [heading, "-" * len(heading), "", *(f"* **{name}.** {text}" for name, text in rows)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.hookspecs import Cause
 from spepolicy.judge.errata import Findings, Observation
 from spepolicy.judge.lanes import lane_sum
 from spepolicy.machine.scenario import HostKind, IrqDelivery, Scenario, SessionMode
@@ -33,7 +34,7 @@ def _vm(name: str) -> _Counts:
 
 def _stage2_windows(result: Result) -> NDArray[np.int64]:
     """Blackout windows with a stage 2 cause, [N]."""
-    causes = [LostCause.STAGE2_NOT_PINNED, LostCause.STAGE2_GUEST, LostCause.STAGE2_HOST, LostCause.STAGE2_KVM_BUG]
+    causes = [cause for cause in LostCause if cause.name.startswith("STAGE2_")]
     lanes = result.windows["lane"][np.isin(result.windows["cause"], causes)]
     return np.bincount(lanes, minlength=len(result.replicates))
 
@@ -43,6 +44,18 @@ def _el0_only_faults(result: Result) -> NDArray[np.int64]:
     guest = result.scenario.guest
     faults: NDArray[np.int64] = result.truth["stage2_faults"]
     return faults if guest.profile_user and not guest.profile_kernel else np.zeros_like(faults)
+
+
+def _hidden(result: Result) -> NDArray[np.int64]:
+    """1 a vCPU whose guest has no SPE although its user wants to profile, [N, V]."""
+    truth = result.truth
+    refused = result.blackout_ps[:, :, LostCause.REFUSED] == truth["wanted_ps"]
+    hidden: NDArray[np.int64] = ((truth["wanted_ps"] > 0) & (truth["sessions"] == 0) & refused).astype(np.int64)
+    return hidden
+
+
+def _claimed(claimed: Cause, true: Cause) -> _Counts:
+    return lambda result: result.claims[:, claimed, true]
 
 
 def _by_cause(cause: LostCause) -> _Counts:
@@ -73,6 +86,12 @@ OBSERVATIONS: dict[str, tuple[_Counts, str]] = {
     "pin_refused": (_vm("pin_refused"), "pages that the memlock limit kept from being pinned"),
     "stale_pins": (_vm("stale_pins"), "pinned pages that the host replaced behind the pin"),
     "pins_leaked": (_vm("pinned_pages"), "pins that KVM still held when the VM was gone"),
+    "hidden": (_hidden, "vCPUs whose guest was shown no SPE although it wanted to profile"),
+    "injected_too_large": (_truth("injected_too_large"), "buffers refused for their size (BSC 4)"),
+    "copies": (_truth("copies"), "times that KVM copied its own buffer out to the guest's"),
+    "stage2_fault_bug": (_by_cause(LostCause.STAGE2_KVM_BUG), "samples lost because of an injected bug of KVM"),
+    "bug_told": (_claimed(Cause.KVM_BUG, Cause.KVM_BUG), "faults by a bug of KVM that the policy called so"),
+    "leaked_by_bug": (_vm("leaked_pins"), "pins that KVM forgot because of an injected bug"),
     "notifier_ignored": (_vm("notifier_ignored"), "MMU notifier events that the policy's filter ignored"),
 }
 """Name -> (count a lane or a vCPU, what it counts)."""

@@ -22,6 +22,7 @@ __all__ = [
     "CONFIG",
     "ERRATA_JSON",
     "ERRATA_PAGE",
+    "ERRATA_RST",
     "FIGURE",
     "LANES",
     "METRICS_FILE",
@@ -40,6 +41,7 @@ LANES = "lanes.parquet"
 BLACKOUTS = "blackouts.parquet"
 ERRATA_JSON = "errata.json"
 ERRATA_PAGE = "errata.md"
+ERRATA_RST = "errata.rst"
 FIGURE = "blackout.png"
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spepolicy.judge.errata import Erratum, Findings, errata_as_json, errata_as_markdown, merge_errata
+from spepolicy.judge.errata import Erratum, Findings, errata_as_json, merge_errata
+from spepolicy.judge.errata_page import About, errata_as_markdown, errata_as_rst
 from spepolicy.lab import output
 from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, write_lanes
 from spepolicy.lab.tracking import Tracked, Tracker, TrackingSettings, without_password
@@ -56,6 +57,7 @@ class Verdict:
     series: BlackoutSeries
     findings: Findings
     errata: list[Erratum]
+    about: About | None = None  # what the errata page says of the policy and its machine
 
     def numbers(self) -> dict[str, float]:
         """Return every metric and the numbers that `_flat_metrics` lists."""
@@ -176,6 +178,7 @@ def _judge(plan: Plan, results: Mapping[str, Result], notes: list[str]) -> dict[
     from spepolicy.judge.findings import find
     from spepolicy.judge.lanes import finished_lanes
     from spepolicy.judge.metrics import measure
+    from spepolicy.lab.about import about
     from spepolicy.plugins import installed_reporters, make_plugin_manager
 
     whole = {name: finished_lanes(result) for name, result in results.items() if result.finished.any()}
@@ -197,6 +200,7 @@ def _judge(plan: Plan, results: Mapping[str, Result], notes: list[str]) -> dict[
             series=blackout_series(result),
             findings=findings,
             errata=merge_errata(documented, observed),
+            about=about(plan.policies[name], manager, plan.scenario, findings),
         )
     return verdicts
 
@@ -288,14 +292,15 @@ def _shareable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_errata(chosen: str, run_dir: Path, verdicts: Mapping[str, Verdict]) -> list[Path]:
-    """`errata.md` is on the chosen policy; so is `errata.json`, with the baselines' under "baselines"."""
+    """The pages are on the chosen policy; so is `errata.json`, with the baselines' under "baselines"."""
     content: dict[str, Any] = {}
     files = []
     if chosen in verdicts:
         verdict = verdicts[chosen]
         content |= errata_as_json(verdict.findings, verdict.errata)
-        page = errata_as_markdown(verdict.findings, verdict.errata)
-        files.append(output.write_text(run_dir / output.ERRATA_PAGE, page))
+        for name, render in ((output.ERRATA_PAGE, errata_as_markdown), (output.ERRATA_RST, errata_as_rst)):
+            page = render(verdict.findings, verdict.errata, verdict.about)
+            files.append(output.write_text(run_dir / name, page))
     content["baselines"] = {
         name: errata_as_json(verdict.findings, verdict.errata) for name, verdict in verdicts.items() if name != chosen
     }

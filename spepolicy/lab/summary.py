@@ -137,7 +137,8 @@ def _places(report: Report) -> list[str]:
     if not report.files:
         return ["files: none"]
     names = ", ".join(path.name for path in report.files.values())
-    lines = [f"files: {report.run_dir}", f"       {names}"]
+    lines = [f"files: {report.run_dir}"]
+    lines += textwrap.wrap(names, WIDTH, initial_indent=" " * 7, subsequent_indent=" " * 7)
     if report.tracked is not None:
         command = report.tracked.ui_command()
         lines.append(f"mlflow: {command or without_password(report.tracked.uri)}")

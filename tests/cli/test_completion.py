@@ -36,7 +36,7 @@ def test_policies(complete: Callable[[str], set[str]]) -> None:
 
 def test_fields_of_the_chosen_policy(complete: Callable[[str], set[str]]) -> None:
     words = complete("spepolicy +policy=eager_pin policy.")
-    assert words == {"policy.pin_stage1_tables=", "policy.keep_mapped=", "policy.el0_only="}
+    assert words == {"policy.pin_stage1_tables=", "policy.keep_mapped=", "policy.el0_only=", "policy.claims="}
 
 
 def test_groups_settings_and_files(complete: Callable[[str], set[str]]) -> None:

@@ -56,7 +56,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["duration=-1s"], ["negative"]),
     (["guest.vcpus=0"], ["too small", "guest.vcpus=1"]),
     (["guest.period=1000"], ["not a multiple of 256", "guest.period=1024"]),
-    (["policy.el0_only=first"], ["one of error, first_fault", "Did you mean 'first_fault'?"]),
+    (["policy.el0_only=first"], ["one of error, documentation, first_fault", "Did you mean 'first_fault'?"]),
     (["host=recorded", "host.time_scale=nan"], ["not a finite number"]),
     # values that do not fit each other
     (["guest.vcpus=64"], ["guest.buffer=4MiB", "guest.memory=1GiB"]),

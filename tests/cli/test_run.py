@@ -121,7 +121,7 @@ def test_a_sweep_runs_every_combination_in_folders_of_their_own(run: Run, labora
 
 def test_policies_can_be_swept_by_pattern(run: Run, laboratory: Any) -> None:
     assert run(*ONE_BY_ONE, "+policy=glob(pin_*)", "host=silent").status == 0
-    assert [plan.chosen for plan in laboratory.plans] == ["pin_on_fault", "pin_vm"]
+    assert [plan.chosen for plan in laboratory.plans] == ["pin_cache", "pin_on_fault", "pin_vm", "pin_while_enabled"]
 
 
 def test_a_wrong_point_of_a_sweep_is_told_and_the_others_run(run: Run, laboratory: Any) -> None:

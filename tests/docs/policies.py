@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 
+from spepolicy.lab.about import docstring_parts
 from spepolicy.plugins import installed_policies
 from spepolicy.policy_fields import fields_of
 
@@ -15,14 +15,11 @@ from .pages import ROOT
 
 PAGE = ROOT / "plugins" / "README.md"
 BEGIN, END = "<!-- policies: made by `python -m tests.docs.policies` -->\n", "<!-- end of policies -->\n"
-PARTS = ("Mechanism", "Source", "Needs", "Costs", "Fails")
 
 
 def parts_of(cls: type) -> dict[str, str]:
-    """Return what the docstring of a policy says under each of PARTS, on one line."""
-    text = " ".join((inspect.getdoc(cls) or "").split())
-    found = re.split(rf"(?:^| )({'|'.join(PARTS)}): ", text)
-    return dict(zip(found[1::2], (part.strip() for part in found[2::2]), strict=True))
+    """Return what the docstring of a policy says under each of `spepolicy.lab.about.DOCSTRING_PARTS`."""
+    return docstring_parts(cls)[1]
 
 
 def table() -> str:

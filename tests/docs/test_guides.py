@@ -10,6 +10,7 @@ import pytest
 
 from spepolicy import batch
 from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
+from spepolicy.lab.about import DOCSTRING_PARTS
 from spepolicy.plugins import installed_policies
 from spepolicy.testing import CHECKS
 
@@ -66,7 +67,7 @@ def test_the_table_of_policies_is_what_their_docstrings_say() -> None:
 def test_the_docstring_of_a_policy_says_what_it_must(name: str) -> None:
     """Mechanism, source, what it needs, costs and failures, each with something said."""
     parts = policies.parts_of(installed_policies()[name].cls)
-    assert tuple(parts) == policies.PARTS
+    assert tuple(parts) == DOCSTRING_PARTS
     assert all(len(part) > 3 for part in parts.values())
 
 

@@ -20,7 +20,7 @@ from spepolicy.judge.blackout import (
 )
 from spepolicy.judge.lanes import finished_lanes, take_lanes
 from spepolicy.machine.scenario import Guest
-from spepolicy.machine.state import LostCause
+from spepolicy.machine.state import LOST_CAUSES, LostCause
 
 from .hand_made_results import MS, SECOND, empty_result, eventful_result, profiled, with_windows
 
@@ -93,7 +93,7 @@ def test_series_is_the_overlap_of_windows_with_bins(rows: list[tuple[int, int, i
     result = with_windows(empty_result(), [(0, 0, start, length, LostCause(cause)) for start, length, cause in rows])
     series = blackout_series(result, bins)
     edges = np.linspace(0, SECOND, bins + 1)
-    expected = np.zeros((bins, 8))
+    expected = np.zeros((bins, LOST_CAUSES))
     for start, length, cause in rows:
         expected[:, cause] += np.clip(edges[1:], start, start + length) - np.clip(edges[:-1], start, start + length)
     np.testing.assert_allclose(series.ms_per_s, expected / (SECOND / bins) * 1e3, atol=1e-6)

@@ -14,9 +14,9 @@ from spepolicy.judge.errata import (
     Findings,
     Observation,
     errata_as_json,
-    errata_as_markdown,
     merge_errata,
 )
+from spepolicy.judge.errata_page import errata_as_markdown
 from spepolicy.judge.findings import OBSERVATIONS, find
 from spepolicy.machine.state import LostCause
 
@@ -173,4 +173,5 @@ def test_loss_causes_of_stage_2_are_all_seen_as_windows() -> None:
         "STAGE2_GUEST",
         "STAGE2_HOST",
         "STAGE2_KVM_BUG",
+        "STAGE2_MIGRATION",
     ]

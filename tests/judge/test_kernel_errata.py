@@ -47,6 +47,12 @@ def test_nothing_observed_means_no_erratum() -> None:
         ({"resumed_cut": 2}, {"SPE-KVM-15"}),
         ({"refused": 2}, {"SPE-KVM-16"}),
         ({"refused": 2, "pin_refused": 9}, {"SPE-KVM-9"}),
+        ({"hidden": 2}, {"SPE-KVM-17"}),
+        ({"injected_too_large": 2}, {"SPE-KVM-18"}),
+        ({"copies": 9, "discarded_records": 2}, {"SPE-KVM-19"}),
+        ({"stage2_fault": 2, "stage2_fault_bug": 2, "bug_told": 1}, {"SPE-KVM-12", "SPE-KVM-21"}),
+        ({"leaked_by_bug": 2}, {"SPE-KVM-22"}),
+        ({"copies": 9}, set()),
         # What is the guest's own business, or every machine's.
         ({"truncated": 9}, set()),
         ({"stage1_fault": 2, "injected_stage1": 2}, set()),

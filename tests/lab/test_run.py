@@ -26,7 +26,8 @@ from spepolicy.lab.summary import WIDTH
 from ..judge.hand_made_results import eventful_result, scenario
 
 FILES = {
-    "metrics.json", "config.json", "lanes.parquet", "blackouts.parquet", "errata.json", "errata.md", "blackout.png"
+    "metrics.json", "config.json", "lanes.parquet", "blackouts.parquet", "errata.json", "errata.md", "errata.rst",
+    "blackout.png"
 }  # fmt: skip
 BLACKOUT_MS = {"sample": 100, "bare_metal": 5, "pin_vm": 20}
 

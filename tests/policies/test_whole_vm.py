@@ -45,7 +45,7 @@ def test_a_locked_page_is_neither_reclaimed_nor_discarded(op: HostOp) -> None:
     assert result.vm["pin_calls"].sum() == 0
 
 
-@pytest.mark.parametrize("op", MOVING)
+@pytest.mark.parametrize("op", [op for op in MOVING if op != HostOp.THP])  # RAM here is too small for huge pages
 def test_a_locked_page_moves_like_any_other(op: HostOp) -> None:
     """mlock() promises residence; stage 2 goes, and nothing brings it back for the SPU (P:ec4a346d)."""
     result = run("mlock_finalize", quiet(host=every(op)))

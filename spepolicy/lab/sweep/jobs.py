@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spepolicy.config import Options, to_options, to_scenario
-from spepolicy.errors import ConfigurationError, SpePolicyError
+from spepolicy.errors import ConfigurationError, SpePolicyError, UnsupportedPolicyError
 from spepolicy.lab.run import BARE_METAL, BASELINE, CHOSEN
 from spepolicy.lab.sweep.compose import Composer
 from spepolicy.lab.sweep.identity import PolicyChoice, config_hash, scenario_hash
 from spepolicy.machine.scenario import Scenario
+from spepolicy.platforms import reason_not_to_run
 
 __all__ = ["Configuration", "Failure", "Job", "configurations_of", "make_jobs", "one_for_all"]
 
@@ -30,6 +31,7 @@ class Failure:
     number: int
     overrides: tuple[str, ...]
     reason: str
+    cannot_run: str = ""  # the policy's own reason, where it says that it cannot run on the machine of the job
 
     def message(self) -> str:
         """Return the line that names it."""
@@ -84,6 +86,8 @@ def make_jobs(
     for number, overrides in enumerate(job_overrides, first_number):
         try:
             jobs.append(_make_job(composer, number, tuple(overrides), chosen))
+        except UnsupportedPolicyError as error:
+            failures.append(Failure(number, tuple(overrides), str(error), error.reason))
         except SpePolicyError as error:
             failures.append(Failure(number, tuple(overrides), str(error)))
     return jobs, failures
@@ -97,7 +101,11 @@ def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chose
     key = f"{name} {fields}"
     if key not in chosen:
         chosen[key] = PolicyChoice.of(name, fields)
-    return Job(number, overrides, config, to_options(config), chosen[key], to_scenario(config))
+    scenario = to_scenario(config)
+    reason = reason_not_to_run(chosen[key].build(), name, scenario)
+    if reason is not None:
+        raise UnsupportedPolicyError(name, reason)
+    return Job(number, overrides, config, to_options(config), chosen[key], scenario)
 
 
 def one_for_all(jobs: Sequence[Job]) -> None:
@@ -136,7 +144,8 @@ def configurations_of(jobs: Sequence[Job]) -> dict[str, Configuration]:
         for name in dict.fromkeys((BARE_METAL, *job.options.baselines)):
             if name not in defaults:
                 defaults[name] = _baseline(name)
-            _add(baselines, job, defaults[name], scenario_key, scenario, BASELINE, own)
+            if reason_not_to_run(defaults[name].build(), name, scenario) is None:
+                _add(baselines, job, defaults[name], scenario_key, scenario, BASELINE, own)
     for key in chosen.keys() & baselines.keys():
         for seed, replicates in baselines.pop(key).lanes.items():
             chosen[key].lanes[seed] = max(replicates, chosen[key].lanes.get(seed, 0))

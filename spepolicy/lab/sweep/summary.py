@@ -34,11 +34,22 @@ def summarize(summary: SweepSummary) -> str:
     lines = [_title(summary), ""]
     if summary.outcomes:
         lines += [*_table(summary), ""]
+    lines += _cannot_run(summary)
     if summary.verdicts:
         lines += [*_survival(summary), ""]
     for note in summary.notes:
         lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
     return "\n".join([*lines, *_places(summary)])
+
+
+def _cannot_run(summary: SweepSummary) -> list[str]:
+    """A row for each job whose policy says that it cannot run on the machine of the job, with its reason."""
+    lines = []
+    for failure in summary.failures:
+        if failure.cannot_run:
+            text = f"{' '.join(failure.overrides)}: cannot run, {failure.cannot_run}"
+            lines += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
+    return [*lines, ""] if lines else []
 
 
 def _title(summary: SweepSummary) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spepolicy.errors import OutputError
 from spepolicy.judge.blackout import CAUSES
-from spepolicy.judge.errata import errata_as_markdown
+from spepolicy.judge.errata_page import errata_as_markdown
 from spepolicy.lab import output
 from spepolicy.lab.sweep.identity import digest, provenance
 from spepolicy.lab.tracking import RunRecord, Tracked, Tracker, TrackingSettings
