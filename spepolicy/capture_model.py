@@ -27,7 +27,15 @@ from spepolicy.errors import CaptureError, ConfigurationError
 from spepolicy.spe.operations import is_atomic, is_branch, is_load, is_store
 from spepolicy.spe.records import Present
 from spepolicy.workload import Events
-from spepolicy.workload_model import COUNTED, FunctionCounts, PhaseCounts, describe, phases_of, usual_latencies
+from spepolicy.workload_model import (
+    COUNTED,
+    NO_SYSCALLS,
+    FunctionCounts,
+    PhaseCounts,
+    describe,
+    phases_of,
+    usual_latencies,
+)
 
 if TYPE_CHECKING:
     from spepolicy.perfdata import Capture
@@ -295,7 +303,7 @@ def _phases(
                 user={names[n]: float(user[n]) for n in np.flatnonzero(user).tolist()},
                 kernel={names[n]: float(kernel[n]) for n in np.flatnonzero(kernel).tolist()},
                 length_ns=max(user_ns + kernel_ns, 1.0),
-                syscall_gap_ns=SYSCALL_NS * max(user_ns, 1.0) / kernel_ns if kernel_ns else 4e9,
+                syscall_gap_ns=SYSCALL_NS * max(user_ns, 1.0) / kernel_ns if kernel_ns else NO_SYSCALLS * user_ns,
                 syscall_ns=SYSCALL_NS,
             )
         )

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 
 from spepolicy.alias import SLOTS
 
-__all__ = ["COUNTED", "REST", "FunctionCounts", "PhaseCounts", "describe", "phases_of", "usual_latencies"]
+__all__ = [
+    "COUNTED",
+    "NO_SYSCALLS",
+    "REST",
+    "FunctionCounts",
+    "PhaseCounts",
+    "describe",
+    "phases_of",
+    "usual_latencies",
+]
 
 _TYPES = ("other", "load", "store", "atomic", "branch")
 COUNTED = (*_TYPES, "taken", "mispredict", "store_miss", "l2", "llc", "dram", "remote", "walk")
@@ -27,6 +36,9 @@ the L1; loads and atomics beyond the L1 by the level that served them, and those
 one set of levels for all accesses of a function: those of its loads, whose latency depends on it."""
 
 REST = "(other code)"
+NO_SYSCALLS = 10
+"""Gap between system calls, in lengths of the phase, where none was seen. The machine draws a gap when the last one is
+over, not when a phase begins, so a gap without end would keep system calls from the phases that follow."""
 _LEAST_SHARE = 0.005  # of a phase's operations, that a function must have to be told apart
 _LEAST = 0.002  # a level or probability below this is dropped: it would cost outcomes, of which a distribution has 256
 _LONGEST_GAP_NS = 4e9  # of what the machine can draw (spepolicy.workload.MAX_MEAN_PS)

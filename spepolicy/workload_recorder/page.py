@@ -24,7 +24,7 @@ _SECTIONS = {
     "distributions": "Share of the operations of each function. source: recording; 'kernel' and 'other "
     "task': assumption",
     "phases": "In the order of the run. length, syscall_gap: operations counted, times the modelled time of each. "
-    "source: recording; syscall: assumption, range 0.2us..20us. A gap of 4 s means that no system call was seen",
+    "source: recording; syscall: assumption, range 0.2us..20us. A gap of ten lengths: none was seen",
     "other": "source: assumption",
 }
 

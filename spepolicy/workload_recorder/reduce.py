@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.machine.scenario import Cpu
-from spepolicy.workload_model import COUNTED, FunctionCounts, PhaseCounts, describe, phases_of
+from spepolicy.workload_model import COUNTED, NO_SYSCALLS, FunctionCounts, PhaseCounts, describe, phases_of
 from spepolicy.workload_recorder.raw import COLUMNS, Raw
 from spepolicy.workload_recorder.symbols import Functions, read_functions
 
@@ -29,7 +29,6 @@ __all__ = ["describe_run", "functions_of"]
 
 DISPATCH = 3  # operations per cycle where nothing waits (assumption; range 2..4, a Neoverse N1 dispatches four)
 IN_FLIGHT = 128  # operations that a Neoverse N1 holds
-NO_SYSCALLS_NS = 4e9  # the longest gap that the machine can draw (spepolicy.workload)
 SYSCALL_NS = 2000  # assumption; range 0.2..20 us
 NS_PER_CYCLE = Cpu.cycle_ps / 1000
 _AT = {name: index for index, name in enumerate(COLUMNS)}
@@ -83,7 +82,7 @@ def describe_run(
             PhaseCounts(
                 user={name: float(part) for name, part in zip(names, operations, strict=True) if part > 0},
                 length_ns=length_ns,
-                syscall_gap_ns=length_ns / syscalls if syscalls else NO_SYSCALLS_NS,
+                syscall_gap_ns=length_ns / syscalls if syscalls else NO_SYSCALLS * length_ns,
                 syscall_ns=SYSCALL_NS,
             )
         )

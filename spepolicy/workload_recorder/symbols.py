@@ -56,11 +56,10 @@ def _parse(file: str, content: bytes) -> Functions:
     loads: list[tuple[int, int, int]] = []
     starts: dict[int, str] = {}
     for n in range(headers):
-        kind, _flags, offset, address, _physical, size = struct.unpack_from(
-            "<IIQQQQ", content, header_at + n * header_size
-        )
+        program = struct.unpack_from("<IIQQQQQ", content, header_at + n * header_size)
+        kind, _flags, offset, address, _physical, size, in_memory = program
         if kind == _PT_LOAD:
-            loads.append((offset, size, address))
+            loads.append((offset, size or in_memory, address))  # a file of symbols alone has no content
         elif kind == _PT_GNU_EH_FRAME:
             starts |= {start: f"{file}+{start:#x}" for start in _frame_starts(content, offset, address)}
     for n in range(sections):

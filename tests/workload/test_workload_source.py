@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from spepolicy.errors import CaptureError, ConfigurationError
 from spepolicy.machine.scenario import Cpu, OpType, Workload
 from spepolicy.perfdata import read
 from spepolicy.perfdata.clock import conversion
+from spepolicy.perfdata.elf import Symbol, symbol_image
 from spepolicy.perfdata.layout import Feature, Mmap2, SpeConfig, Type
 from spepolicy.perfdata.writer import Writer, dummy_event, spe_event
 from spepolicy.spe.packets import encode
@@ -108,11 +111,13 @@ def program(count: int, seed: int = 3) -> NDArray[Any]:
     return records
 
 
-def write(path: Path, records: NDArray[Any], *, config: SpeConfig = SpeConfig.TS) -> Path:
+def write(
+    path: Path, records: NDArray[Any], *, config: SpeConfig = SpeConfig.TS, name: str = "nowhere/program"
+) -> Path:
     events = [spe_event(PERIOD, config, [100]), dummy_event([101])]
     made = Writer(events, {Feature.CPUDESC: "a core"})
     made.open(conversion(1_000_000_000))
-    made.add(Type.MMAP2, Mmap2(1000, 1000, 0x40_0000, 0x1_0000, 0, bytes(24), 5, 2, "nowhere/program"))
+    made.add(Type.MMAP2, Mmap2(1000, 1000, 0x40_0000, 0x1_0000, 0, bytes(24), 5, 2, name))
     made.add_aux_data(encode(records, layout="neoverse"), offset=0, cpu=0)
     path.write_bytes(made.content())
     return path
@@ -210,3 +215,34 @@ def test_clusters() -> None:
     pcs = np.array([0x1000, 0x1004, 0x1100, 0x1240, 0x1FC0, 0x2000, 0x9000], np.uint64)
     assert clusters(pcs).tolist() == [0x1000, 0x1000, 0x1000, 0x1240, 0x1FC0, 0x2000, 0x9000]
     assert clusters(pcs[:0]).tolist() == []
+
+
+def test_symbols_of_a_mapped_file_name_functions(tmp_path: Path) -> None:
+    image = symbol_image([Symbol("hot", 0x1000, 0x1000), Symbol("cold", 0x2000, 0x1000)], 0x1_0000)
+    (tmp_path / "program").write_bytes(image.content)
+    path = write(tmp_path / "perf.data", program(2000), name=str(tmp_path / "program"))
+    functions = describe_capture(read(path))["functions"]
+    assert {"hot", "cold", "0xffff800008000000"} <= set(functions)
+
+
+@pytest.mark.slow
+def test_a_simulated_capture_gives_back_the_program_that_was_simulated(tmp_path: Path) -> None:
+    """From a workload to the machine, to perf.data as perf in the guest would have written it, and back."""
+    command = [sys.executable, "-m", "spepolicy", "+policy=bare_metal", "workload=sqlite", "duration=50ms"]
+    command += ["replicates=1", "host=silent", "tracking=none", "output.perf_data=true", f"output.dir={tmp_path}/run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (capture,) = (tmp_path / "run").rglob("bare_metal*.perf.data")
+    found = describe_capture(read(capture))
+    true = yaml.safe_load((SHIPPED / "sqlite.yaml").read_text())
+    compared = 0
+    for name, behaviour in found["behaviours"].items():
+        if name in true["behaviours"] and name != "kernel code":
+            for kind, share in true["behaviours"][name]["mix"].items():
+                assert behaviour["mix"].get(kind, 0) == pytest.approx(share, abs=0.12), (name, kind)
+            compared += 1
+    assert compared > 10
+    largest = max(found["distributions"].values(), key=lambda shares: shares.get("sqlite3VdbeExec", 0))
+    assert largest["sqlite3VdbeExec"] > 0.2
+    in_kernel = [name for name in found["functions"] if name in true["distributions"]["kernel"]]
+    assert in_kernel
