@@ -182,7 +182,7 @@ def _may_have_policy(arguments: list[str], words: list[str]) -> bool:
     """Whether something other than +policy=NAME can choose the policy, or none is needed."""
     keys = [word.partition("=")[0].lstrip("+") for word in words]
     from_preset = any(key == "experiment" or key.startswith("hydra.sweeper") for key in keys)
-    return from_preset or not (_CONFIG_SOURCES | _SHOWS).isdisjoint(arguments)
+    return from_preset or "task=catalogue" in words or not (_CONFIG_SOURCES | _SHOWS).isdisjoint(arguments)
 
 
 # ---- with Hydra ------------------------------------------------------------------------------------------------------

@@ -103,10 +103,14 @@ class Session:
         hydra_config = HydraConfig.get()
         check_flags_given(cfg, OverridesParser.create().parse_overrides(list(hydra_config.overrides.task)))
         config = _resolved(cfg)
-        if config.get("task") == "plugins":
+        task = config.get("task")
+        if task == "plugins":
             from spepolicy.plugin_list import plugin_table
 
             print(plugin_table(), flush=True)
+            return False
+        if task == "catalogue":
+            self._run_catalogue(config, Path(hydra_config.runtime.output_dir))
             return False
         plan = build_plan(config, Path(hydra_config.runtime.output_dir))
         from spepolicy.lab.run import execute
@@ -149,6 +153,19 @@ class Session:
     def _fail(self, message: str) -> None:
         self.failed += 1
         print(f"error: {message}", file=sys.stderr)
+
+    def _run_catalogue(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Run the catalogue on the chosen policy, or on all; a verdict that does not hold counts as a failure."""
+        from spepolicy.catalogue.task import run_task
+
+        if config.get("policy", MISSING) in (MISSING, None):
+            policies = {name: build_policy(name, {}) for name in installed_policies()}
+        else:
+            name, fields = chosen_policy(config)
+            policies = {name: build_policy(name, fields)}
+        text, holds = run_task(policies, folder)
+        print(text, flush=True)
+        self.failed += not holds
 
     def _report(self, error: SpePolicyError) -> None:
         from hydra.core.hydra_config import HydraConfig

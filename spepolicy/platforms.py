@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from spepolicy.errors import HookError, SpePolicyError
@@ -11,7 +12,7 @@ from spepolicy.machine.hostops import HostOp
 if TYPE_CHECKING:
     from spepolicy.machine.scenario import Scenario
 
-__all__ = ["platform_of", "reason_not_to_run", "why_unsupported"]
+__all__ = ["equipped", "platform_of", "reason_not_to_run", "why_unsupported"]
 
 
 def platform_of(scenario: Scenario) -> Platform:
@@ -55,3 +56,13 @@ def why_unsupported(manager: Any, scenario: Scenario, name: str) -> str | None:
             f"policy '{name}': supports() returned {reason!r}. Rule: None, or a text that says why it cannot run."
         )
     return reason
+
+
+def equipped(scenario: Scenario) -> Scenario:
+    """Return *scenario* on a machine with every optional feature that a policy may ask for in `supports`."""
+    return replace(
+        scenario,
+        cpu=replace(scenario.cpu, fine_grained_traps=True),
+        guest=replace(scenario.guest, paravirtual=True),
+        kvm=replace(scenario.kvm, guest_memfd=True),
+    )

@@ -409,7 +409,7 @@ class StopSettings:
 class Root:
     """The whole configuration of a run. A group is a field whose value comes from a file in the folder of that name."""
 
-    task: str = _choice("what to do", ("simulate", "plugins"))
+    task: str = _choice("what to do", ("simulate", "plugins", "catalogue"))
     policy: Any = MISSING
     seed: int = _count("seed of all random draws", 0, 2**63 - 1, "seed")
     replicates: int = _count("VMs simulated per policy, each with draws of its own", 1, 1_000_000, "")

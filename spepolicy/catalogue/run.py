@@ -11,6 +11,7 @@ import numpy as np
 from spepolicy.catalogue.case import BASE, EVENTS, Case, Verdict
 from spepolicy.errors import ConfigurationError, SpePolicyError
 from spepolicy.machine.state import LostCause
+from spepolicy.platforms import equipped
 
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Result
@@ -180,6 +181,8 @@ def _run_policy(cases: Sequence[Case], scenarios: Mapping[str, Scenario], name: 
     outcomes = []
     for case in cases:
         scenario = scenarios[case.id]
+        if runner.why_unsupported(scenario):
+            scenario = equipped(scenario)
         versions = {
             version: replace(scenario, cpu=replace(scenario.cpu, spe_version=version)) for version in case.versions
         }

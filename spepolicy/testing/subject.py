@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from spepolicy.drivers.simulate import Result, Runner, simulate
 from spepolicy.errors import PluginError
 from spepolicy.machine.scenario import Scenario
+from spepolicy.platforms import equipped
 from spepolicy.testing.scenes import SCENES
 
 __all__ = ["LANES", "Subject", "differences"]
@@ -43,7 +44,7 @@ class Subject:
         runner = Runner(self.policy, self.name)
         found = {}
         for name, scene in SCENES.items():
-            for machine in (scene, _equipped(scene)):
+            for machine in (scene, equipped(scene)):
                 if runner.why_unsupported(machine) is None:
                     found[name] = machine
                     break
@@ -55,7 +56,7 @@ class Subject:
 
     def refusal(self) -> str:
         """Return why the policy does not run on the first scene."""
-        return Runner(self.policy, self.name).why_unsupported(_equipped(SCENES["quiet"])) or ""
+        return Runner(self.policy, self.name).why_unsupported(equipped(SCENES["quiet"])) or ""
 
     def result(self, scene: str) -> Result:
         """Return what the policy did in *scene*, in LANES lanes. Raises HookError."""
@@ -78,16 +79,6 @@ class Subject:
         make_plugin_manager(self.policy, ())
         if not self.virtualized and type(self.policy).__dict__.get("stage2_fault"):
             raise PluginError("a policy that runs no VM has a hook stage2_fault, which is never called. Remove it.")
-
-
-def _equipped(scene: Scenario) -> Scenario:
-    """Return *scene* on a machine with every optional feature that a policy may ask for in `supports`."""
-    return replace(
-        scene,
-        cpu=replace(scene.cpu, fine_grained_traps=True),
-        guest=replace(scene.guest, paravirtual=True),
-        kvm=replace(scene.kvm, guest_memfd=True),
-    )
 
 
 def differences(one: Result, other: Result, lanes: NDArray[np.int64] | None = None) -> list[str]:
