@@ -60,7 +60,10 @@ RANDOM_OPS = {op.name.lower(): op for op in HostOp if op is not HostOp.NONE}
 UNLIMITED = "unlimited"
 _PLUGINS = "hydra_plugins.spepolicy"  # Hydra accepts no other package; nothing of that name is on the disk
 SWEEPER: dict[str, Any] = {"_target_": f"{_PLUGINS}.LanesSweeper", "max_batch_size": None, "params": None}
-LAUNCHERS: dict[str, dict[str, Any]] = {"lanes": {"_target_": f"{_PLUGINS}.LanesLauncher"}}
+LAUNCHERS: dict[str, dict[str, Any]] = {
+    "lanes": {"_target_": f"{_PLUGINS}.LanesLauncher"},
+    "dask": {"_target_": f"{_PLUGINS}.DaskLauncher", "scheduler": None, "workers": None},
+}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,10 @@ def true_profile(result: Result) -> Floats:
     exposure_ps[d] / op_ps[d] operations of distribution d, times `function_shares`. Not normalised.
     """
     operations = result.exposure_ps.sum(axis=1) / result.scenario.workload.op_ps
-    profile: Floats = operations @ function_shares(result.scenario)
+    # Not with @: BLAS adds in an order that depends on the number of lanes, and a lane's numbers must not.
+    profile: Floats = np.zeros((len(operations), len(result.scenario.workload.function_names)))
+    for share, executed in zip(function_shares(result.scenario), operations.T, strict=True):
+        profile += executed[:, None] * share
     return profile
 
 

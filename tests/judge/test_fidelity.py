@@ -18,6 +18,7 @@ from spepolicy.judge.fidelity import (
     total_variation,
     true_profile,
 )
+from spepolicy.judge.lanes import take_lanes
 from spepolicy.machine.draw import EXPONENTIAL_SHIFT, exponential_table
 from spepolicy.machine.scenario import OpType
 
@@ -129,3 +130,24 @@ def test_a_lane_without_records_has_no_distance() -> None:
     found = fidelity(replace(result))
     assert np.isnan(found.tv).tolist() == [False, True]
     assert np.isnan(found.top_found).tolist() == [False, True]
+
+
+def test_a_lane_s_profile_does_not_depend_on_how_many_are_judged_with_it() -> None:
+    """To the last bit: rows of a sweep must be equal however it was cut."""
+    rng = np.random.default_rng(4)
+    distributions, functions = 13, 41
+    result = empty_result(replicates=tuple(range(50)))
+    work = replace(
+        result.scenario.workload,
+        function_names=tuple(map(str, range(functions))),
+        op_ps=rng.integers(100, 900, distributions),
+        weight=rng.dirichlet(np.ones(functions), distributions),
+    )
+    result = replace(
+        result,
+        scenario=replace(result.scenario, workload=work),
+        exposure_ps=rng.integers(0, 10**12, (50, 1, distributions)),
+    )
+    whole = true_profile(result)
+    for lane in range(50):
+        assert np.array_equal(true_profile(take_lanes(result, np.array([lane])))[0], whole[lane])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spepolicy.lab.sweep.engines import Engine
     from spepolicy.launch import Session
 
-__all__ = ["LanesLauncher", "LanesSweeper", "register_plugins"]
+__all__ = ["DaskLauncher", "LanesLauncher", "LanesSweeper", "register_plugins"]
 
 
 class LanesSweeper(BasicSweeper):
@@ -72,12 +72,29 @@ class LanesLauncher(Launcher):
         return [JobReturn(overrides=list(job), status=JobStatus.COMPLETED) for job in job_overrides]
 
 
+class DaskLauncher(LanesLauncher):
+    """Runs all jobs of a sweep as lanes on the workers of a Dask cluster."""
+
+    __module__ = "hydra_plugins.spepolicy"
+
+    def __init__(self, scheduler: str | None = None, workers: int | None = None) -> None:
+        """*scheduler*: its address; None for a local cluster of *workers* processes."""
+        super().__init__()
+        self._scheduler, self._workers = scheduler, workers
+
+    def engine(self, config: Any) -> Engine:
+        """Return where the lanes are to run."""
+        from spepolicy.lab.sweep.dask_engine import Dask
+
+        return Dask(self._scheduler, self._workers)
+
+
 def register_plugins() -> None:
     """Make the plugins known to Hydra."""
     from hydra.core.plugins import Plugins
 
     plugins = Plugins.instance()  # scans the package hydra_plugins, where there is one
-    for plugin in (LanesSweeper, LanesLauncher):
+    for plugin in (LanesSweeper, LanesLauncher, DaskLauncher):
         plugins.register(plugin)
     try:
         package = importlib.import_module("hydra_plugins")

@@ -90,12 +90,16 @@ def start_tasks() -> None:
 def run_task(task: Task, where: str = "") -> Rows:
     """Simulate and judge the lanes of *task*.
 
-    A part whose policy or scenario makes an error is told in `Rows.failed`, and the other parts keep their rows. Raises
-    `PluginError` if the code that is installed here is not the code of the sweep.
+    A part whose policy or scenario makes an error is told in `Rows.failed`, and the other parts keep their rows. So is
+    all of the task if the code that is installed here is not the code of the sweep. *where*: names the worker.
     """
     begin = time.perf_counter()
     rows = Rows(task, 0.0, where=where)
-    runner = _runner(task)
+    try:
+        runner = _runner(task)
+    except SpePolicyError as error:
+        rows.failed = [(part, f"{where}: {error}" if where else str(error)) for part in task.parts]
+        return rows
     tables: list[Columns] = []
     for parts in _tried_together(task, runner, rows):
         for part, result in parts:
