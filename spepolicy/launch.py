@@ -112,6 +112,8 @@ class Session:
         if task == "catalogue":
             self._run_catalogue(config, Path(hydra_config.runtime.output_dir))
             return False
+        if task == "explore":
+            return run_exploration(config, Path(hydra_config.runtime.output_dir))
         plan = build_plan(config, Path(hydra_config.runtime.output_dir))
         from spepolicy.lab.run import execute
 
@@ -133,6 +135,10 @@ class Session:
         jobs, failures = make_jobs(Composer(loader, master), job_overrides, first_number)
         for failure in failures:
             self._fail(failure.message())
+        if any(job.config.get("task") == "explore" for job in jobs):
+            raise ConfigurationError(
+                "task=explore: a sweep (-m) simulates. Explore several policies with explore.compare=[NAME,...]."
+            )
         if jobs:
             plan = plan_sweep(jobs, failures, Path(master.hydra.sweep.dir))
             say = partial(print, flush=True)
@@ -218,6 +224,40 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
         config=dict(config),
         notes=tuple(notes),
         lanes=options.lanes,
+    )
+
+
+def run_exploration(config: Mapping[str, Any], run_dir: Path) -> bool:
+    """Do what `task=explore` asks for in the composed *config*; return True if Ctrl-C cut it short."""
+    import os
+
+    from spepolicy.explore.task import explore
+    from spepolicy.lab.tracking import TrackingSettings
+
+    options, scenario = to_options(config), to_scenario(config)
+    name, policy_fields = chosen_policy(config)
+    policies = {name: build_policy(name, policy_fields)}
+    others = list(config["explore"].get("compare") or ())
+    if others == ["all"]:
+        others = [other for other in installed_policies() if other != BASELINE]  # it has no stage 2 and no hooks
+    for other in others:
+        if other not in policies:
+            try:
+                policies[other] = build_policy(other, {})
+            except UnknownPolicyError as error:
+                raise ConfigurationError(
+                    f"explore.compare=[{other}]: policy '{other}' is not installed. Installed: "
+                    f"{', '.join(error.known)}.{nearest(other, error.known)}"
+                ) from error
+    return explore(
+        config,
+        policies,
+        run_dir,
+        scenario.cpu,
+        scenario.kvm,
+        options.threads or len(os.sched_getaffinity(0)),
+        TrackingSettings(**options.tracking),
+        partial(print, flush=True),
     )
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from spepolicy.machine.guestacts import GuestAct, Moment
+from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import PAGE_BYTES
 
 __all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
@@ -377,6 +378,51 @@ class OutputSettings:
     lanes: list[str] = _names("lanes to write: REPLICATE, or POLICY:REPLICATE", source="")  # noqa: RUF009 - as above
 
 
+_ORDER = "DESIGN 2; each more multiplies the states"
+
+
+@dataclass
+class ExploreSettings:
+    """The small machine of `task=explore`, what can happen to it, and where the search ends."""
+
+    guest: str = _choice("who writes the registers: Linux's driver, or one write at a time", ("linux", "bare"), "guest")
+    vcpus: int = _count("virtual CPUs", 1, 2, "vcpus", _ORDER)
+    buffer_pages: int = _count("pages of each vCPU's AUX ring", 2, 8, "buffer_pages", _ORDER, power_of_two=True)
+    buffer_mapped: bool = _flag("stage 2 maps the buffer's pages at the start", "buffer_mapped")
+    sessions: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
+        "what perf may profile: PMSCR_EL1.{E0SPE,E1SPE}", ("el0_el1", "el0", "el1"), "kvm.md 4.1 G1"
+    )
+    edits: str = _choice(
+        "when the guest may change the translations of its buffer: while it is disabled, while profiling is off, ever",
+        ("never", "disabled", "profiling_off", "any"), "edits", "kvm.md 4.1 G2, G3",
+    )  # fmt: skip
+    tlbi: list[str] = _names("how it changes them", ("with", "without"), "spe.md rule 32")  # noqa: RUF009 - as above
+    host_ops: list[str] = _names(  # noqa: RUF009 - as above
+        "what the host may do to a page", tuple(op.name.lower() for op in HostOp if op > HostOp.CPU_TOUCH)
+    )
+    host_targets: list[str] = _names(  # noqa: RUF009 - as above
+        "to which pages: of the buffer, formerly of the buffer, of the stage 1 table", ("buffer", "former", "table")
+    )
+    in_flight: bool = _flag("a sample may be in flight for a while", "in_flight", "spe.md rule 48")
+    max_switches: int = _count("context switches of the guest", 0, 100, "max_switches", _ORDER)
+    max_renewals: int = _count("perf sessions after the first, each with new pages", 0, 100, "max_renewals", _ORDER)
+    max_edits: int = _count("changes of translations", 0, 100, "max_edits", _ORDER)
+    max_register_writes: int = _count("register writes of a bare guest", 0, 100, "max_register_writes", _ORDER)
+    max_host_ops: int = _count("host operations, each kind once", 0, 100, "max_host_ops", _ORDER)
+    max_syscalls: int = _count("system calls", 0, 100, "max_syscalls", _ORDER)
+    max_exits: int = _count("exits that SPE is not the reason of", 0, 100, "max_exits", _ORDER)
+    memlock: str = _size(
+        "RLIMIT_MEMLOCK of the VMM", "0B", "1GiB", "memlock_pages", "kvm.md 4.1 G7", multiple_of="4KiB", per=PAGE_BYTES
+    )
+    max_states: int = _count("states at which the search ends", 1, 1_000_000_000, "")
+    max_depth: int = _count("events after which the search ends", 1, 1_000_000, "")
+    max_time: str = _duration("time after which the search ends", "1s", "1000000s", "")
+    frontier_memory: str = _size("of the states that wait; the rest is on disk", "1MiB", "1TiB", "")
+    spill_dir: str | None = _text("folder for what is on disk; null: the system's folder for temporary files", None)
+    resume: str | None = _text("folder of an exploration that a bound ended, which goes on; null: begin", None)
+    compare: list[str] = _names("other policies to explore, with their default fields; [all]: every one")  # noqa: RUF009
+
+
 @dataclass
 class SweepSettings:
     """How a sweep (-m) runs. Of a sweep all jobs have the same."""
@@ -409,7 +455,7 @@ class StopSettings:
 class Root:
     """The whole configuration of a run. A group is a field whose value comes from a file in the folder of that name."""
 
-    task: str = _choice("what to do", ("simulate", "plugins", "catalogue"))
+    task: str = _choice("what to do", ("simulate", "explore", "plugins", "catalogue"))
     policy: Any = MISSING
     seed: int = _count("seed of all random draws", 0, 2**63 - 1, "seed")
     replicates: int = _count("VMs simulated per policy, each with draws of its own", 1, 1_000_000, "")
@@ -427,6 +473,7 @@ class Root:
     cpu: CpuSettings = field(default_factory=CpuSettings)
     kvm: KvmSettings = field(default_factory=KvmSettings)
     costs: CostSettings = field(default_factory=CostSettings)
+    explore: ExploreSettings = field(default_factory=ExploreSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
@@ -446,6 +493,7 @@ GROUPS: Mapping[str, str] = {
     "cpu": "the processor and its SPE",
     "kvm": "KVM apart from the policy",
     "costs": "what KVM's work costs",
+    "explore": "task=explore: the small machine, what can happen to it, bounds",
     "tracking": "where MLflow records the run",
     "experiment": "a ready question: +experiment=NAME",
 }

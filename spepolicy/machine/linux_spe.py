@@ -129,7 +129,7 @@ def settle_records(m: Machine, i: int, k: int, discard: bool) -> None:
 
 
 @jit
-def _skip(m: Machine, i: int, k: int, size: int) -> None:
+def skip(m: Machine, i: int, k: int, size: int) -> None:
     """Fill *size* bytes with padding and skip them (arm_spe_pmu_pad_buf, perf_aux_output_skip)."""
     v = vcpu_row(m, i, k)
     par = params(m, i)
@@ -154,7 +154,7 @@ def _next_offset(m: Machine, i: int, k: int) -> int:
     misaligned = v.aux_head & (par.align_bytes - 1)
     if misaligned != 0:
         pad = min(par.align_bytes - misaligned, free)
-        _skip(m, i, k, pad)
+        skip(m, i, k, pad)
         free -= pad
     if free == 0:
         return 0
@@ -169,7 +169,7 @@ def _next_offset(m: Machine, i: int, k: int) -> int:
         limit = min(limit, (wakeup + 0xFFF) & ~0xFFF)
     if limit > head:
         return limit
-    _skip(m, i, k, free)
+    skip(m, i, k, free)
     return 0
 
 
@@ -198,7 +198,7 @@ def output_begin(m: Machine, i: int, k: int) -> None:
     limit = _next_offset(m, i, k)
     head = v.aux_head & (size - 1)
     if limit != 0 and limit - head < par.max_record_bytes:
-        _skip(m, i, k, limit - head)
+        skip(m, i, k, limit - head)
         limit = _next_offset(m, i, k)
         head = v.aux_head & (size - 1)
     if limit == 0:

@@ -132,7 +132,7 @@ def write_leaf(m: Machine, i: int, va: int, descriptor: int, tlbi: int) -> None:
 
 
 @jit
-def _blame_guest(m: Machine, i: int, k: int, page: int) -> None:
+def blame_guest(m: Machine, i: int, k: int, page: int) -> None:
     """If stage 2 has nothing for guest page *page* and the buffer is on, the fault that comes is the guest's doing."""
     if read_limit(params(m, i), vcpu_row(m, i, k)) & PMBLIMITR_E == 0:
         return
@@ -173,7 +173,7 @@ def move_page(m: Machine, i: int, k: int, offset: int, by_cpu: int, tlbi: int) -
         tr.other_host_ps += faults * par.cpu_fault_ps
         v.host_ps += faults * par.cpu_fault_ps
     elif par.virtualized != 0:
-        _blame_guest(m, i, k, page)
+        blame_guest(m, i, k, page)
     write_leaf(m, i, va, ((par.ram_page0 + page) << 12) | S1_LEAF, tlbi)
 
 
@@ -192,7 +192,7 @@ def point_leaf_at(m: Machine, i: int, va: int, ipa_page: int, tlbi: int) -> None
 
 
 @jit
-def _level2_entry(m: Machine, i: int, va: int) -> tuple[int, int]:
+def level2_entry(m: Machine, i: int, va: int) -> tuple[int, int]:
     """Return (slot, entry) of the guest's level 2 descriptor of *va*, or (-1, 0)."""
     par = params(m, i)
     address = vm_row(m, i).ttbr1 & OA_MASK
@@ -217,7 +217,7 @@ def _level2_entry(m: Machine, i: int, va: int) -> tuple[int, int]:
 def free_table(m: Machine, i: int, k: int, va: int, tlbi: int) -> None:
     """FREE_TABLE: unlink the level 3 table of *va*."""
     v = vcpu_row(m, i, k)
-    slot, entry = _level2_entry(m, i, va)
+    slot, entry = level2_entry(m, i, va)
     if slot < 0 or pool(m, i)[slot, entry] & VALID == 0 or v.table_freed != 0:
         return
     v.table_freed = pool(m, i)[slot, entry]
@@ -243,7 +243,7 @@ def reuse_table(m: Machine, i: int, k: int, va: int, tlbi: int) -> None:
 def balloon_table(m: Machine, i: int, k: int, va: int, tlbi: int) -> None:
     """BALLOON_TABLE: the VMM discards the page of the level 3 table of *va* (MADV_DONTNEED); a zero page follows."""
     par = params(m, i)
-    slot, entry = _level2_entry(m, i, va)
+    slot, entry = level2_entry(m, i, va)
     if par.virtualized == 0 or slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
         return
     page = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
@@ -273,7 +273,7 @@ def restore_buffer(m: Machine, i: int, k: int, tlbi: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     if v.table_freed != 0:
-        slot, entry = _level2_entry(m, i, v.table_freed_va)
+        slot, entry = level2_entry(m, i, v.table_freed_va)
         if slot >= 0:
             pool(m, i)[slot, entry] = v.table_freed
         v.table_freed = 0

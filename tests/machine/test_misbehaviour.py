@@ -119,7 +119,7 @@ def test_what_was_broken_is_restored(act: GuestAct) -> None:
     for n in range(4):
         b.call("host.cpu_touch", b.buffer_page(n), 1)
     if act is GuestAct.BALLOON_TABLE:
-        slot, entry = b.call("misbehave._level2_entry", b.start)
+        slot, entry = b.call("misbehave.level2_entry", b.start)
         page = ((int(b.m.pool[0, slot, entry]) & 0xFFFF_FFFF_F000) >> 12) - int(b.par.ram_page0)
         b.call("host.cpu_touch", page, 0)
         perform(b, 1)  # the page of the table is there again, and zero: now the descriptors can be written

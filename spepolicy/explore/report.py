@@ -1,0 +1,83 @@
+"""What an exploration says in the end: a table of policies by properties, what was covered and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spepolicy.explore.acts import Budget
+from spepolicy.explore.model import Settings
+from spepolicy.explore.properties import PROPERTIES, property_of
+from spepolicy.explore.search import Found, Outcome
+
+__all__ = ["Explored", "summary", "verdict_rows"]
+
+
+@dataclass(frozen=True)
+class Explored:
+    """One policy, explored."""
+
+    policy: str
+    instance: object
+    outcome: Outcome
+    traces: list[tuple[Found, str, Path]]  # violation, its trace as text, the file of it
+
+
+def _holds(outcome: Outcome) -> str:
+    if outcome.complete:
+        return f"holds, all {outcome.states:,} states"
+    return f"holds to depth {outcome.depth}, {outcome.states:,} states"
+
+
+def verdict_rows(explored: Explored) -> Iterator[tuple[str, str]]:
+    """Yield (property, verdict): what holds and how far, or after how many steps it is broken."""
+    for rule in PROPERTIES:
+        steps = [len(found.events) for found, _, _ in explored.traces if rule is property_of(found.kind)]
+        yield rule.name, f"broken in {min(steps)} steps" if steps else _holds(explored.outcome)
+
+
+def _table(explored: Sequence[Explored]) -> list[str]:
+    columns = [["property", *(rule.name for rule in PROPERTIES)]]
+    columns += [[e.policy, *(verdict for _, verdict in verdict_rows(e))] for e in explored]
+    widths = [max(len(cell) for cell in column) for column in columns]
+    rows = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in zip(*columns, strict=True)]  # fmt: skip
+    return [rows[0], "-" * max(len(row) for row in rows), *rows[1:]]
+
+
+def _coverage(outcome: Outcome) -> str:
+    """Say what was covered and what was not, in one sentence."""
+    model = outcome.model
+    limits = ", ".join(
+        f"{model.limits[b]} {b.name.lower()}" for b in Budget if b is not Budget.NONE and model.limits[b]
+    )
+    every = f"every order of {len(model.events)} events ({limits} at most on a path)"
+    if outcome.complete:
+        return f"covered: {every}. Nothing is left."
+    return (
+        f"covered: {every}, in all traces of at most {outcome.depth} events. Not covered: longer traces, from "
+        f"{outcome.left:,} states that were found and not unfolded; {outcome.stopped_by} ended the search."
+    )
+
+
+def summary(explored: Sequence[Explored], settings: Settings, folder: Path) -> str:
+    """Return what is printed: states, table, coverage, and the shortest trace of the chosen policy."""
+    lines = []
+    for e in explored:
+        o = e.outcome
+        rate = o.states / max(o.seconds, 1e-9)
+        lines.append(
+            f"{e.policy}: {o.states:,} states, {o.transitions:,} transitions, depth {o.depth}, {o.seconds:.1f} s, "
+            f"{rate:,.0f} states/s, {o.bytes_per_state:.0f} bytes a visited state"
+        )
+    lines += ["", *_table(explored), ""]
+    lines += [f"{e.policy} {_coverage(e.outcome)}" for e in explored]
+    machine = f"{settings.vcpus} vCPU, {settings.buffer_pages} buffer pages, {settings.guest} guest"
+    lines += ["", f"machine: {machine}, memlock {settings.memlock_pages} pages"]
+    first = explored[0]
+    if first.traces:
+        _, text, path = min(first.traces, key=lambda trace: len(trace[0].events))
+        lines += ["", f"The shortest of {len(first.traces)} traces of {first.policy} ({path.name}):", "", text.rstrip()]
+    lines += ["", f"files: {folder}", "       exploration.json, exploration.txt, and a .txt and a .yaml a trace"]
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""What people found over the years, found without being told (kvm.md 4), and what must not be found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from spepolicy.batch import Vcpus, Vms
+from spepolicy.explore.acts import Event, event_name
+from spepolicy.explore.bench import Bench
+from spepolicy.explore.properties import Kind
+from spepolicy.explore.search import Bounds, Found, Outcome, search
+from spepolicy.explore.trace import replay
+from spepolicy.hookspecs import Event as Told
+from spepolicy.hookspecs import Trap, hookimpl
+from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.scenario import Cpu
+
+from .conftest import explored, model_of
+
+VARIABLE = Cpu(align_bytes=1)  # records of many sizes, not aligned: one may cross from page to page
+V1P3 = Cpu(spe_version=4)
+
+
+def names(found: Found) -> list[str]:
+    return [event_name(event) for event in found.events]
+
+
+def ways(outcome: Outcome, kind: Kind, detail: int | None = None) -> list[Found]:
+    return [f for f in outcome.found if f.kind is kind and (detail is None or f.detail == detail)]
+
+
+@dataclass
+class PinWhileEnabled:
+    """Pin when the buffer becomes enabled, whatever is profiled (kvm.md P8)."""
+
+    @hookimpl
+    def traps(self) -> Trap:
+        return Trap.PMB
+
+    @hookimpl
+    def buffer_enabled(self, vcpus: Vcpus) -> None:
+        walk = vcpus.walk_stage1(vcpus.buffer_lo, vcpus.buffer_hi, pin_tables=True)
+        walk.failed.inject(Told.STAGE1_ABORT)
+        walk.ok.pin().ok.unpin_previous()
+
+    @hookimpl
+    def buffer_disabled(self, vcpus: Vcpus) -> None:
+        vcpus.unpin()
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        vms.unpin_all()
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.inject(Told.IMPDEF, data_loss=True)
+
+
+@dataclass
+class Leaky(PinWhileEnabled):
+    """The same, but it forgets the pins when the VM goes."""
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        pass
+
+
+@dataclass
+class Stubborn:
+    """Resume without doing anything about the fault."""
+
+    @hookimpl
+    def traps(self) -> Trap:
+        return Trap.PMB
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.resume()
+
+
+def search_instance(policy: object, depth: int, **settings: Any) -> Outcome:
+    return search(model_of(policy, **settings), Bounds(max_depth=depth, max_states=1_000_000))
+
+
+# ---- the ERET -------------------------------------------------------------------------------------------------------
+
+
+def test_eager_pin_does_not_see_the_eret_into_profiling() -> None:
+    """G1, M. Rutland by A. Elisei, 25 July 2022: {1,0}, and nothing traps when profiling becomes enabled."""
+    found = ways(explored("eager_pin", 8), Kind.BLACKOUT)
+    assert [f.events[0] for f in found] == [Event(found[0].events[0].act, 1)]  # PMSCR_EL1.E0SPE alone
+    assert names(found[0]) == ["open {1,0}", "driver", "driver", "write"]
+
+
+def test_eager_pin_has_no_blackout_where_it_sees_profiling_become_enabled() -> None:
+    outcome = explored("eager_pin", 999, sessions=("el0_el1", "el1"), memlock_pages=100)
+    assert outcome.complete
+    assert not ways(outcome, Kind.BLACKOUT)
+
+
+def test_pinning_while_the_buffer_is_enabled_has_no_blackout_with_a_lawful_guest() -> None:
+    """P8, RFC v6: the buffer is enabled by a write that traps, the ERET does not matter."""
+    outcome = search_instance(PinWhileEnabled(), 999, edits="disabled", memlock_pages=100)
+    assert outcome.complete
+    assert not ways(outcome, Kind.BLACKOUT)
+
+
+def test_but_it_has_one_with_a_guest_that_edits_its_tables_before_the_eret() -> None:
+    """G2: what is left of the corner case in P8. Legal by the Arm ARM, not by DEN0154."""
+    outcome = search_instance(PinWhileEnabled(), 14, edits="profiling_off", sessions=("el0",))
+    assert not ways(outcome, Kind.BLACKOUT)
+    (found,) = ways(outcome, Kind.BLACKOUT_EDITED)
+    assert any(name.startswith("move_page") for name in names(found))
+
+
+# ---- blackouts of the others ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("session", ["el0_el1", "el0", "el1"])
+def test_pin_on_fault_has_a_blackout_before_the_first_record(session: str) -> None:
+    """P5: one a session, by design."""
+    (found,) = ways(explored("pin_on_fault", 8, sessions=(session,)), Kind.BLACKOUT)
+    assert names(found)[-1] == "write"
+
+
+def test_a_synthetic_fault_removes_it_at_el1_only() -> None:
+    """P6, O. Upton 2 August 2022."""
+    seen = explored("synthetic_fault", 999, sessions=("el0_el1", "el1"), memlock_pages=100)
+    assert seen.complete
+    assert not ways(seen, Kind.BLACKOUT)
+    assert ways(explored("synthetic_fault", 8, sessions=("el0",)), Kind.BLACKOUT)
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+
+def test_map_on_fault_hides_a_cut_record() -> None:
+    """A1: with records of variable size one is cut at the page that is not mapped, and the guest is not told of DL."""
+    (found,) = ways(explored("map_on_fault", 12, cpu=VARIABLE, buffer_pages=4), Kind.CUT_RESUMED)
+    assert "write" in names(found)
+    assert not ways(
+        explored("map_on_fault", 12, buffer_pages=4), Kind.CUT_RESUMED
+    )  # records of fixed size end with the page
+
+
+def test_an_external_abort_without_dl_switches_spe_off_and_tells_nobody() -> None:
+    """E2 and spe.md 3.4: what RFC v5 did, after any notifier."""
+    outcome = explored("pin_vm", 12, host_ops=("numa_scan",))
+    assert ways(outcome, Kind.SWITCHED_OFF)
+
+
+@pytest.mark.parametrize(("cpu", "forbidden"), [(Cpu(), False), (V1P3, True)])
+def test_an_external_abort_event_is_forbidden_from_v1p3_on(cpu: Cpu, forbidden: bool) -> None:
+    """A7, O. Upton 9 August 2022."""
+    outcome = explored("pin_vm", 10, host_ops=("numa_scan",), cpu=cpu)
+    assert bool(ways(outcome, Kind.EXTERNAL_ABORT)) is forbidden
+
+
+# ---- the host -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [HostOp.NUMA_SCAN, HostOp.KSM, HostOp.FORK, HostOp.SOFT_DIRTY])
+def test_notifiers_take_the_mapping_of_a_pinned_page(op: HostOp) -> None:
+    """H1, H2 and the rest: a pin keeps the page, not the stage 2 entry."""
+    outcome = explored("eager_pin", 10, host_ops=("numa_scan", "ksm", "fork", "soft_dirty", "compact"))
+    (found,) = ways(outcome, Kind.PINNED_FAULT, op)
+    assert f"host {op.name.lower()} buffer 0" in names(found)
+    assert ways(outcome, Kind.BLACKOUT_HOST, op)
+
+
+def test_what_the_measured_host_leaves_alone_is_not_found() -> None:
+    """Compaction and NUMA migration test the reference count first (spepolicy.machine.effects)."""
+    outcome = explored("eager_pin", 10, host_ops=("numa_scan", "ksm", "fork", "soft_dirty", "compact"))
+    assert not ways(outcome, Kind.PINNED_FAULT, HostOp.COMPACT)
+
+
+def test_a_filter_keeps_the_mapping_and_diverges() -> None:
+    """H8: "ignore all but UNMAP" also ignores MADV_DONTNEED."""
+    kept = explored("eager_pin", 12, {"keep_mapped": True}, host_ops=("numa_scan", "dontneed"))
+    assert not ways(kept, Kind.PINNED_FAULT, HostOp.NUMA_SCAN)
+    (found,) = ways(kept, Kind.DIVERGED, HostOp.DONTNEED)
+    assert names(found)[-1] == "write"
+    plain = explored("eager_pin", 12, {"keep_mapped": False}, host_ops=("numa_scan", "dontneed"))
+    assert not ways(plain, Kind.DIVERGED)
+
+
+@pytest.mark.parametrize("policy", ["eager_pin", "pin_vm", "pin_on_fault", "synthetic_fault"])
+def test_a_pin_is_stale_after_madv_dontneed(policy: str) -> None:
+    """H7."""
+    assert ways(explored(policy, 8, host_ops=("dontneed",)), Kind.STALE_PIN, HostOp.DONTNEED)
+
+
+# ---- pins -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault", "synthetic_fault"])
+def test_cycling_buffers_exhausts_memlock(policy: str) -> None:
+    """G7, A. Elisei 19 April 2022: the new buffer is pinned before the old one is unpinned."""
+    limits = {"eager_pin": 1, "pin_on_fault": 6, "synthetic_fault": 6}  # half of the ring, and its tables
+    outcome = explored(policy, 24, memlock_pages=limits[policy], max_switches=0, sessions=("el0_el1",))
+    (found,) = ways(outcome, Kind.REFUSED)
+    if policy == "eager_pin":
+        assert "renew" in names(found) or names(found).count("driver") > 2
+    assert not ways(outcome, Kind.OVER_LIMIT)
+
+
+def test_a_policy_that_forgets_its_pins_is_found_out() -> None:
+    (found,) = ways(search_instance(Leaky(), 6), Kind.LEAK)
+    assert names(found) == ["open {1,1}", "vm_end"]
+    assert not ways(search_instance(PinWhileEnabled(), 6), Kind.LEAK)
+
+
+# ---- claims and livelocks -------------------------------------------------------------------------------------------
+
+
+def test_eager_pin_blames_a_host_that_has_done_nothing() -> None:
+    """Its handler claims HOST for every fault; the first one of a {1,0} session is nobody's."""
+    assert ways(explored("eager_pin", 8), Kind.IMPOSSIBLE_CLAIM)
+    assert not ways(explored("pin_on_fault", 8), Kind.IMPOSSIBLE_CLAIM)
+
+
+def test_a_fault_that_nobody_repairs_comes_for_ever() -> None:
+    (found,) = ways(search_instance(Stubborn(), 8), Kind.LIVELOCK)
+    assert names(found)[-found.cycle :] in (["write", "irq"], ["irq", "write"])
+    assert not ways(explored("map_on_fault", 12), Kind.LIVELOCK)
+
+
+# ---- a guest that breaks the rules ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault", "map_on_fault"])
+def test_what_a_hostile_guest_does_stays_in_the_guest(policy: str) -> None:
+    """Q18, W. Deacon 1 August 2022."""
+    outcome = explored(
+        policy, 11, edits="any", tlbi=(True, False), max_edits=2, max_renewals=0, host_ops=("dontneed", "reclaim")
+    )
+    assert outcome.states > 10_000
+    assert not ways(outcome, Kind.OUTSIDE)
+
+
+def test_a_bare_guest_writes_registers_as_it_likes() -> None:
+    outcome = explored("pin_on_fault", 9, guest="bare", max_register_writes=5, edits="any")
+    assert outcome.states > 1000
+    assert not ways(outcome, Kind.OUTSIDE)
+    (found,) = ways(outcome, Kind.BLACKOUT)
+    assert {"enable 0", "eret", "write"} & set(names(found))
+
+
+# ---- traces ---------------------------------------------------------------------------------------------------------
+
+SHOWN = [
+    ("eager_pin", {}, 8, {}),
+    ("eager_pin", {"keep_mapped": True}, 12, {"host_ops": ("numa_scan", "dontneed")}),
+    ("pin_on_fault", {}, 8, {"host_ops": ("numa_scan", "dontneed")}),
+    ("map_on_fault", {}, 12, {"cpu": VARIABLE, "buffer_pages": 4}),
+    ("pin_vm", {}, 12, {"host_ops": ("numa_scan",)}),
+]
+
+
+@pytest.mark.parametrize(("policy", "fields", "depth", "settings"), SHOWN)
+def test_every_trace_shows_its_violation_and_needs_each_of_its_events(
+    policy: str, fields: dict[str, Any], depth: int, settings: dict[str, Any]
+) -> None:
+    outcome = explored(policy, depth, fields, **settings)
+    assert outcome.found
+    bench = Bench(outcome.model, 1)
+    for found in outcome.found:
+        run = replay(bench, found.events, found.cycle)
+        assert all(step.possible for step in run.steps)
+        assert found.kind in {Kind(kind) for kind in run.steps[-1].kinds}
+        assert not any(found.kind in step.kinds for step in run.steps[:-1])
+        for left_out in range(len(found.events)):
+            rest = found.events[:left_out] + found.events[left_out + 1 :]
+            assert found.kind not in replay(bench, rest).kinds(), (names(found), left_out)
