@@ -37,7 +37,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["+guest=linux"], ["Write guest=NAME without +"]),
     (["guest@place=linux"], ["a group's place cannot be changed"]),
     (["task=explore"], ["group 'task' has no 'explore'", "simulate"]),
-    (["hydra/launcher=lames"], ["hydra/launcher", "has no 'lanes'", "basic"]),
+    (["hydra/launcher=lames"], ["hydra/launcher", "has no 'lames'", "basic"]),
     # types
     (["seed=abc"], ["seed=abc: not a whole number"]),
     (["seed=null"], ["seed=null: it must have a value"]),
