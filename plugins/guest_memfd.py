@@ -39,6 +39,10 @@ class GuestMemfd:
         vms.map_all()
 
     @hookimpl
+    def migration_finished(self, vms: Vms) -> None:
+        vms.map_all()  # the target's VMM prefaults too
+
+    @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:
         faults.claim(Cause.HOST)
         faults.inject(Event.IMPDEF, data_loss=True)

@@ -36,6 +36,11 @@ class MlockFinalize:
         vms.map_all()
 
     @hookimpl
+    def migration_finished(self, vms: Vms) -> None:
+        vms.mlock_all(ignore_limit=self.raise_memlock)
+        vms.map_all()
+
+    @hookimpl
     def stage2_fault(self, faults: Vcpus) -> None:
         faults.claim(Cause.HOST)
         faults.inject(Event.EXTERNAL_ABORT)

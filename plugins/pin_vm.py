@@ -62,6 +62,11 @@ class PinVm:
         vms.pin_all(ignore_limit=self.raise_memlock)
 
     @hookimpl
+    def migration_finished(self, vms: Vms) -> None:
+        vms.unpin_all()  # where the migration was given up the pins are still there
+        vms.pin_all(ignore_limit=self.raise_memlock)
+
+    @hookimpl
     def vm_destroyed(self, vms: Vms) -> None:
         vms.unpin_all()
 

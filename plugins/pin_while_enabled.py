@@ -84,6 +84,11 @@ class PinWhileEnabled:
         allowed.ok.unpin_previous()
 
     @hookimpl
+    def migration_finished(self, vcpus: Vcpus) -> None:
+        # KVM_SET_ONE_REG on the target is a write to the registers like the guest's own.
+        self.buffer_enabled(vcpus.where((vcpus.pmblimitr & 1 != 0) & (vcpus.pmbsr & (1 << 17) == 0)))
+
+    @hookimpl
     def buffer_disabled(self, vcpus: Vcpus) -> None:
         vcpus.unpin()
 

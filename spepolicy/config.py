@@ -25,10 +25,13 @@ from spepolicy.machine.scenario import (
     Costs,
     Cpu,
     Guest,
+    Handling,
     Host,
     HostKind,
     IrqDelivery,
     Kvm,
+    Migration,
+    MigrationKind,
     OpType,
     Scenario,
     SessionMode,
@@ -38,6 +41,7 @@ from spepolicy.schema import (
     EVENT_BITS,
     EVENT_SINCE,
     HOST_KINDS,
+    MIGRATION_KINDS,
     ActSettings,
     CostSettings,
     CpuSettings,
@@ -91,6 +95,8 @@ def register() -> None:
     store.store(group="hydra/sweeper", name="lanes", node=SWEEPER, provider="spepolicy")
     for kind, cls in HOST_KINDS.items():
         store.store(group="schema/host", name=kind, node=cls, provider="spepolicy")
+    for kind, cls in MIGRATION_KINDS.items():
+        store.store(group="schema/migration", name=kind, node=cls, provider="spepolicy")
 
 
 def to_scenario(cfg: Any) -> Scenario:
@@ -113,6 +119,7 @@ def to_scenario(cfg: Any) -> Scenario:
         kvm=_kvm(group_at(config, "kvm")),
         costs=Costs(**checked_fields(group_at(config, "costs"), CostSettings, "costs")),
         host=_host(group_at(config, "host"), guest),
+        migration=_migration(group_at(config, "migration")),
         seed=checked(value_at(config, "seed"), root["seed"], "seed"),
     )
 
@@ -349,6 +356,19 @@ def _host_memory(values: Mapping[str, Any]) -> dict[str, Any]:
         "locked": chosen["mlock"],
         "zone_movable": chosen["zone_movable"],
     }
+
+
+def _migration(values: Mapping[str, Any]) -> Migration:
+    kind = value_at(values, "kind", "migration.")
+    if kind not in MIGRATION_KINDS:
+        raise ConfigurationError(
+            f"migration.kind={kind}: must be one of {', '.join(MIGRATION_KINDS)}.{nearest(str(kind), MIGRATION_KINDS)} "
+            "Choose a file of conf/migration/ with migration=NAME instead of setting it."
+        )
+    chosen = checked_fields(values, MIGRATION_KINDS[kind], "migration")
+    if "handling" in chosen:
+        chosen["handling"] = Handling[chosen["handling"].upper()]
+    return Migration(kind=MigrationKind[kind.upper()], abort=values.get("vmm") == "give_up", **chosen)
 
 
 def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int, int], ...]:

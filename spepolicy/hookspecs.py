@@ -6,7 +6,8 @@ Order of calls in one run
                                                        once, when the run is set up
 2. `vm_created`                                        once per batch, before the first vCPU runs
 3. `buffer_announced`, `buffer_enabled`, `profiling_enabled`, `user_profiling_armed`, `eret`, `buffer_disabled`,
-   `timer`, `stage2_fault`; with `Ownership.KVM` also `own_buffer_full` and `buffer_stopping`
+   `timer`, `stage2_fault`, `migration_started`, `migration_finished`; with `Ownership.KVM` also `own_buffer_full` and
+   `buffer_stopping`
                                                        once per batch each time vCPUs reach that point
 4. `vm_destroyed`                                      once per batch, when guests have ended
 5. `errata`                                            once, when the judge has finished
@@ -240,6 +241,25 @@ class PolicySpec:
     def vm_destroyed(self, vms: Vms) -> None:
         """The guests of this batch have ended. Once per batch. `vms` offers `unpin_all()`; pins that are left then are
         leaks.
+        """
+
+    # ---- live migration ---------------------------------------------------------------------------------------------
+
+    @hookspec
+    def migration_started(self, vms: Vms, vcpus: Vcpus) -> None:
+        """The VMM has begun to migrate these VMs; for pre-copy the dirty log is on and stage 2 write-protected.
+        Once per batch of VMs; *vcpus* are all vCPUs of *vms*, VM by VM. A policy takes those of the two that it needs.
+
+        With handling=unlock_relock KVM has dropped every pin.
+        """
+
+    @hookspec
+    def migration_finished(self, vms: Vms, vcpus: Vcpus) -> None:
+        """These VMs are about to run on the target, or go on at the source because the migration was given up. Once per
+        batch of VMs, with *vms* and *vcpus* as for `migration_started`.
+
+        On the target stage 2 is empty and nothing is pinned (`vcpus.pinned_pages` is 0), whatever the policy's state
+        says. Time spent here on a vCPU prolongs its downtime.
         """
 
     # ---- fault handling ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import PAGE_BYTES
+from spepolicy.machine.scenario import PAGE_BYTES, Handling
 
 __all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
 
@@ -359,6 +359,59 @@ class RandomHostSettings(HostSettings):
 
 
 @dataclass
+class NoMigrationSettings:
+    """The VM stays where it is."""
+
+    kind: str = _choice("kind of migration", ("none",))
+
+
+@dataclass
+class PostcopySettings:
+    """The VM goes to its target at once, and its pages follow."""
+
+    kind: str = _choice("kind of migration", ("postcopy",))
+    handling: str = _choice(
+        "what KVM does with SPE meanwhile",
+        ("plain", "stop_trap", "prefault_target", "unlock_relock"),
+        "handling",
+        "kvm.md 2.3, M4, M7, M9",
+    )
+    start: str = _duration("host time at which the VMM begins", "1us", "1000s", "start_ps")
+    bandwidth: int = _count("of the link, for memory", 1, 100_000, "bandwidth_bytes_per_us", unit="MB/s")
+    switch: str = _duration("downtime for the state of vCPUs and devices", "0ps", "10s", "switch_ps")
+    request: str = _duration("one page on demand, there and back", "1us", "1s", "request_ps")
+
+
+@dataclass
+class PrecopySettings:
+    """The VM's pages are sent while it runs, those that it writes to again, and at last it stops for what is left."""
+
+    kind: str = _choice("kind of migration", ("precopy",))
+    handling: str = _choice(
+        "what KVM does with SPE meanwhile",
+        tuple(handling.name.lower() for handling in Handling),
+        "handling",
+        "kvm.md 2.3, M1 to M9",
+    )
+    vmm: str = _choice("what the VMM does on an exit because of SPE", ("hold", "give_up"), "", "kvm.md 2.3, M3")
+    start: str = _duration("host time at which the VMM begins", "1us", "1000s", "start_ps")
+    bandwidth: int = _count("of the link, for memory", 1, 100_000, "bandwidth_bytes_per_us", unit="MB/s")
+    max_downtime: str = _duration("stop when what is left can be sent in this time", "1us", "100s", "max_downtime_ps")
+    rounds: int = _count("stop after so many rounds, whatever is left", 1, 1000, "rounds")
+    switch: str = _duration("downtime for the state of vCPUs and devices", "0ps", "10s", "switch_ps")
+    dirty_rate: int = _count(
+        "the guest's CPUs write new pages at this rate, faults of the log included",
+        0,
+        100_000,
+        "dirty_bytes_per_us",
+        unit="MB/s",
+    )
+    working_set: str = _size("but no more of them than these", "4KiB", "16GiB", "working_set_pages", per=PAGE_BYTES)
+    cancel_after: int = _count("the VMM gives up after so many rounds", 0, 1000, "cancel_round", zero="never")
+    retry: str = _duration("a migration that KVM refused is tried again after this", "1us", "100s", "retry_ps")
+
+
+@dataclass
 class TrackingSettings:
     """Where MLflow records the run."""
 
@@ -470,6 +523,7 @@ class Root:
     guest: GuestSettings = field(default_factory=GuestSettings)
     workload: Any = MISSING
     host: Any = MISSING
+    migration: Any = MISSING
     cpu: CpuSettings = field(default_factory=CpuSettings)
     kvm: KvmSettings = field(default_factory=KvmSettings)
     costs: CostSettings = field(default_factory=CostSettings)
@@ -483,6 +537,12 @@ HOST_KINDS: Mapping[str, type] = {
     "recorded": RecordedHostSettings,
 }
 
+MIGRATION_KINDS: Mapping[str, type] = {
+    "none": NoMigrationSettings,
+    "precopy": PrecopySettings,
+    "postcopy": PostcopySettings,
+}
+
 # Groups in the order of the help, with what they choose.
 GROUPS: Mapping[str, str] = {
     "task": "what to do",
@@ -490,6 +550,7 @@ GROUPS: Mapping[str, str] = {
     "guest": "the VM, and how its perf profiles",
     "workload": "the program that the guest profiles",
     "host": "the host's memory management",
+    "migration": "a live migration, and what KVM does with SPE meanwhile",
     "cpu": "the processor and its SPE",
     "kvm": "KVM apart from the policy",
     "costs": "what KVM's work costs",
@@ -519,6 +580,8 @@ def _all_settings() -> dict[str, Setting]:
     found = dict(_below(Root, ""))
     for cls in HOST_KINDS.values():
         found.update(_below(cls, "host."))
+    for cls in MIGRATION_KINDS.values():
+        found.update(_below(cls, "migration."))
     return found
 
 

@@ -23,6 +23,7 @@ from spepolicy.policy_fields import fields_of
 from spepolicy.schema import (
     GROUPS,
     HOST_KINDS,
+    MIGRATION_KINDS,
     ActSettings,
     OutputSettings,
     RandomOpSettings,
@@ -162,6 +163,12 @@ def _setting_rows(group: str) -> Iterator[tuple[str, str]]:
                     yield f"host.{name}", f"{_described(setting)} (host={kind})"
         for name, setting in settings_of(RandomOpSettings).items():
             yield f"host.ops.OPERATION.{name}", f"{_described(setting)} (host=random)"
+        return
+    if group == "migration":
+        for kind, cls in MIGRATION_KINDS.items():
+            for name, setting in settings_of(cls).items():
+                if name != "kind":
+                    yield f"migration.{name}", f"{_described(setting)} (migration={kind})"
         return
     if group == "guest":
         for name, setting in settings_of(ActSettings).items():

@@ -58,12 +58,15 @@ _HOOK_NAMES = {
     Hook.BUFFER_STOPPING: "buffer_stopping",
     Hook.TIMER: "timer",
     Hook.BUFFER_ANNOUNCED: "buffer_announced",
+    Hook.MIGRATION_STARTED: "migration_started",
+    Hook.MIGRATION_FINISHED: "migration_finished",
 }
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
 # gigabyte.
 CHUNK_LANES = 512
 _NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
 _VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
+_MIGRATION_HOOKS = (Hook.MIGRATION_STARTED, Hook.MIGRATION_FINISHED)
 _COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _MADE = ("replicates", "host_elapsed_ps", "finished")
@@ -311,6 +314,10 @@ def call_hook(
             caller = getattr(manager.hook, name)
             if hook in _VM_HOOKS:
                 caller(vms=Vms(ticket, lanes))
+            elif hook in _MIGRATION_HOOKS:
+                each = m.vcpu.shape[1]
+                every = Vcpus(ticket, np.repeat(lanes, each), np.tile(np.arange(each), len(lanes)), rows)
+                caller(vms=Vms(ticket, lanes), vcpus=every)
             else:
                 batch = Vcpus(ticket, lanes, vcpus, rows)
                 caller(**{"faults" if hook == Hook.STAGE2_FAULT else "vcpus": batch})

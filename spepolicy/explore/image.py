@@ -33,7 +33,8 @@ __all__ = ["SECTIONS", "Image", "Views", "views_of"]
 _VM_PASSING = """
 key_host hook hook_vcpu host_next_ps host_index host_draws host_events notifier_calls notifier_ignored stage2_unmapped
 stage2_maps pinned_peak_pages pinned_since_ps pinned_page_ps pin_calls pin_refused stale_pins startup_ps window_count
-log_count key_bug bug_draws host_op
+log_count key_bug bug_draws host_op migration_next_ps migration_sent migration_resent migration_resent_buffer
+migration_downtime_ps migration_begin_ps migration_end_ps migration_demanded migration_unlogged migration_refused
 """
 _VCPU_PASSING = """
 now_ps host_ps key_program key_sample key_kvm program_draws sample_draws kvm_draws counting select_ps left_ops rate_ps
@@ -41,7 +42,7 @@ busy_until_ps flight_latency stop_ps exit_next_ps preempt_next_ps segment_end_ps
 resume_whole_ps phase phase_left_ps switch_left_ps syscall_left_ps renew_next_ps distribution resume_distribution
 walk_status answered claim pin_fresh window_open window_start_ps window_start_host_ps window_cause window_ps
 window_missed_ops hook_next key_log key_act act_draws flight_counter act_next_ps act_index act_armed logged_segment
-logged_profiling walk_lo walk_hi
+logged_profiling walk_lo walk_hi blocked_since_ps
 """
 VM_PASSING, VCPU_PASSING = frozenset(_VM_PASSING.split()), frozenset(_VCPU_PASSING.split())
 # Stored, since they must not repeat, but two states that differ in them only are equal: names of fresh frames.

@@ -41,7 +41,7 @@ PS_PER_S = 1e12
 
 
 def blackout_by_cause_ps(result: Result) -> NDArray[np.int64]:
-    """Return int64[N, 8], ps: blackout of all vCPUs of a lane by `LostCause`."""
+    """Return int64[N, LOST_CAUSES], ps: blackout of all vCPUs of a lane by `LostCause`."""
     total: NDArray[np.int64] = result.blackout_ps.sum(axis=1)
     return total
 
@@ -138,7 +138,7 @@ class BlackoutSeries:
     """Blackout over guest time, mean over replicates and vCPUs."""
 
     edges_s: Floats  # [B + 1] guest time
-    ms_per_s: Floats  # [B, 8] blackout in ms a second of guest time, by LostCause
+    ms_per_s: Floats  # [B, LOST_CAUSES] blackout in ms a second of guest time, by LostCause
 
 
 def blackout_series(result: Result, bins: int = 60) -> BlackoutSeries:

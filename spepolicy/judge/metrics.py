@@ -297,6 +297,55 @@ for _name, _field, _what in (
 ):
     _add(_name, "1/s", f"{_what}, a second of host time.", _per_host_s(_field))
 
+# ---- live migration -------------------------------------------------------------------------------------------------
+
+_MS = 1e9  # ps
+
+
+def _if_migrated(value: _Lane) -> _Lane:
+    """Undefined in lanes whose migration has not begun, or where there is none."""
+    return lambda v: np.where(v.vm["migration_begin_ps"] > 0, value(v), np.nan)
+
+
+for _name, _unit, _doc, _value in (
+    ("migration_downtime_ms", "ms", "Host time for which a migration stops all vCPUs; over all of a replicate.",
+     lambda v: v.vm["migration_downtime_ps"] / _MS),
+    ("migration_total_ms", "ms", "Host time from the migration's begin to its end.",
+     lambda v: np.where(v.vm["migration_outcome"] > 0, v.vm["migration_end_ps"] - v.vm["migration_begin_ps"], np.nan)
+     / _MS),
+    ("migration_rounds", "", "Rounds of pre-copy before the vCPUs stopped.",
+     lambda v: v.vm["migration_round"].astype(np.float64)),
+    ("migration_resent_MiB", "MiB", "Memory sent again because it was written to.",
+     lambda v: v.vm["migration_resent"] * _MIB),
+    ("migration_resent_buffer_MiB", "MiB", "The part of migration_resent_MiB that is SPE buffers.",
+     lambda v: v.vm["migration_resent_buffer"] * _MIB),
+    ("migration_completed_pct", "%", "100 if the migration was completed, 0 if not yet, cancelled or given up.",
+     lambda v: 100.0 * (v.vm["migration_outcome"] == 1)),
+    ("migration_given_up_pct", "%", "100 if the VMM gave the migration up because of SPE, else 0.",
+     lambda v: 100.0 * (v.vm["migration_outcome"] == 3)),
+    ("migration_demanded_pages", "pages", "Post-copy: pages fetched on demand for a CPU, KVM or a pin.",
+     lambda v: v.vm["migration_demanded"].astype(np.float64)),
+    ("migration_unlogged_pages", "pages",
+     "Pages that the SPU wrote to and the dirty log did not tell: the target has old data there.",
+     lambda v: v.vm["migration_unlogged"].astype(np.float64)),
+    ("migration_held_ms", "ms", "Host time for which the VMM held vCPUs because of SPE, summed over vCPUs.",
+     lambda v: v.sum("stalled_ps") / _MS),
+):  # fmt: skip
+    _add(_name, _unit, _doc, _if_migrated(_value))
+_add(
+    "migration_refused",
+    "",
+    "Times that KVM refused to begin a migration because a vCPU had SPE on.",
+    lambda v: v.vm["migration_refused"].astype(np.float64),
+)
+_add("vmm_exits_per_s", "1/s", "Exits to the VMM because of SPE, a wanted second.", _per_wanted_s("vmm_exits"))
+_add(
+    "stray_records",
+    "records",
+    "Records written through a translation that the guest had changed without a TLBI; a replicate.",
+    lambda v: v.sum("stray_records"),
+)
+
 # ---- fidelity and attribution ---------------------------------------------------------------------------------------
 
 _add(

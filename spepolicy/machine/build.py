@@ -14,7 +14,7 @@ from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.effects import effects
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.hostpage import NEW_FRAME0
-from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, Scenario, Workload
+from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, MigrationKind, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
 from spepolicy.mmu.memory import FREE
 from spepolicy.mmu.regime import STAGE
@@ -80,6 +80,7 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         "swap_read_only": host.kernel == Kernel.V6_1 and host.backing in (Backing.ANONYMOUS, Backing.THP),
         "recording_span_ps": _recording_span_ps(scenario),
         "acts": len(guest.acts),
+        **_migration(scenario, behaviour),
         "phases": len(scenario.workload.phase_ps),
         "guest_tables": stage1_pages,
     }
@@ -89,6 +90,27 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
                 values[name] = int(getattr(part, name))
     for name, value in values.items():
         m.par[name][lanes] = int(value)
+
+
+def _migration(scenario: Scenario, behaviour: Behaviour) -> dict[str, int]:
+    """Return the parameters of the migration. Bare metal does not migrate."""
+    migration = scenario.migration
+    rate = migration.dirty_bytes_per_us
+    return {
+        "migration_kind": migration.kind if behaviour.virtualized else MigrationKind.NONE,
+        "migration_handling": migration.handling,
+        "migration_start_ps": migration.start_ps,
+        "migration_page_ps": PAGE_BYTES * 1_000_000 // migration.bandwidth_bytes_per_us,
+        "migration_max_downtime_ps": migration.max_downtime_ps,
+        "migration_rounds": migration.rounds,
+        "migration_switch_ps": migration.switch_ps,
+        "migration_dirty_page_ps": PAGE_BYTES * 1_000_000 // rate if rate else 0,
+        "migration_working_set": migration.working_set_pages,
+        "migration_cancel_round": migration.cancel_round,
+        "migration_abort": migration.abort,
+        "migration_retry_ps": migration.retry_ps,
+        "migration_request_ps": migration.request_ps,
+    }
 
 
 def _recording(scenario: Scenario) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -177,7 +199,7 @@ def shape_of(scenario: Scenario) -> tuple[int, ...]:
     functions, distributions = len(workload.function_names), len(workload.op_ps)
     return (
         guest.vcpus, guest.ram_pages, guest.buffer_pages, scenario.cpu.tlb_entries, functions, distributions,
-        bool(guest.acts),
+        bool(guest.acts), bool(scenario.migration.kind),
     )  # fmt: skip
 
 
@@ -233,6 +255,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int
         pool=lane_array(pool_pages, 512),
         pool_refs=lane_array(pool_pages, dtype=np.int32),
         frames=lane_array(hash_size),
+        dirty=lane_array(scenario.guest.ram_pages if scenario.migration.kind else 1, dtype=np.uint8),
         host_page=lane_array(scenario.guest.ram_pages),
         **_shared(scenario),
     )
@@ -259,6 +282,7 @@ def reset(
     m.pool_refs[lanes] = 0
     m.tlb[lanes] = -1
     m.frames[lanes] = FREE
+    m.dirty[lanes] = 0
     m.vm["pool_free"][lanes] = -1
     m.vm["next_frame"][lanes] = NEW_FRAME0
     m.vm["locked"][lanes] = int(scenario.host.locked)

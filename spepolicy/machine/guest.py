@@ -23,6 +23,7 @@ from spepolicy.machine.linux_spe import (
     stop_buffer,
     stop_sampling,
 )
+from spepolicy.machine.migration import gate
 from spepolicy.machine.rows import (
     exponential,
     params,
@@ -30,6 +31,7 @@ from spepolicy.machine.rows import (
     roles,
     truth_row,
     vcpu_row,
+    vm_row,
 )
 from spepolicy.machine.shadow import read_limit
 from spepolicy.machine.state import NEVER, Hook, Machine, Segment
@@ -241,6 +243,8 @@ def enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
     """
     par = params(m, i)
     v = vcpu_row(m, i, k)
+    if vm_row(m, i).migration_gate != 0:
+        gate(m, i, k)
     sees = par.trap_pms if by_pms else par.trap_pmb
     if par.virtualized == 0 or sees == 0 or read_limit(par, v) & PMBLIMITR_E == 0 or v.pmbsr & PMBSR_S != 0:
         return _NONE

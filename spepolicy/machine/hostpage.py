@@ -13,6 +13,7 @@ from spepolicy.machine.draw import draw
 from spepolicy.machine.effects import KIND_AGE, KIND_SET_SPTE, ROW, UNMAP
 from spepolicy.machine.pagetables import ipa_entry, map_ipa, map_ipa_block, unmap_ipa
 from spepolicy.machine.rows import (
+    dirty,
     effect_table,
     frames,
     host_calls,
@@ -24,7 +25,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
-from spepolicy.machine.scenario import Bug
+from spepolicy.machine.scenario import ABSENT, Bug
 from spepolicy.machine.state import Machine
 from spepolicy.machine.trace import UNMAPPED, log_host
 from spepolicy.mmu.memory import attach, detach
@@ -272,12 +273,22 @@ def break_sharing(m: Machine, i: int, page: int) -> int:
 
 
 @jit
+def _fetch(m: Machine, i: int, page: int) -> int:
+    """Read *page* from swap, or in post-copy from the source of the migration. Return the cost in ps."""
+    par = params(m, i)
+    if par.migration_kind == 0 or dirty(m, i)[page] & ABSENT == 0:
+        return par.swap_in_ps
+    dirty(m, i)[page] = 0
+    vm_row(m, i).migration_demanded += 1
+    return par.migration_request_ps
+
+
+@jit
 def resident(m: Machine, i: int, page: int, write: int) -> int:
     """Make the VMM's page usable for a stage 2 mapping or a pin (get_user_pages). Return the cost in ps, or -1 if the
     VMA does not allow it.
     """
     vm = vm_row(m, i)
-    par = params(m, i)
     word = host_page(m, i)[page]
     if word & HOLE != 0 or (write != 0 and word & READ_ONLY_VMA != 0):
         return -1
@@ -285,7 +296,7 @@ def resident(m: Machine, i: int, page: int, write: int) -> int:
     if word & PRESENT == 0:
         if word & (EMPTY | PIN_MASK) == 0:  # a pinned page stays in the page cache: it was unmapped only
             word = set_frame(m, i, word, fresh_frame(vm), 1)
-            cost += par.swap_in_ps
+            cost += _fetch(m, i, page)
         elif word & EMPTY != 0 and write == 0:
             word = set_frame(m, i, word, ZERO_FRAME, 0) | SHARED
         word = (word & ~EMPTY) | PRESENT
@@ -358,7 +369,8 @@ def map_page(m: Machine, i: int, page: int, write: int) -> int:
         block = page & ~(FOLIO - 1)
         invalidate_tlb(m, i, par.ram_page0 + block, par.ram_page0 + block + FOLIO)
         for n in range(block, block + FOLIO):  # KVM's dirty log broke the block: what it mapped is gone
-            host_page(m, i)[n] = taken(host_page(m, i)[n], GONE_HOST)
+            cause = GONE_HOST if vm.migration_phase == 0 else GONE_MIGRATION
+            host_page(m, i)[n] = taken(host_page(m, i)[n], cause)
         word = host_page(m, i)[page]
     if writable != 0:
         # The SPU could not write behind a read-only entry: then the host is still to blame for what it did before.

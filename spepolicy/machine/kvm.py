@@ -27,7 +27,7 @@ def access(m: Machine, i: int, k: int, pmb: int, pms: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
-    trapped = pmb * par.trap_pmb + pms * par.trap_pms
+    trapped = pmb * par.trap_pmb + pms * par.trap_pms if v.spe_off == 0 else pmb + pms
     if trapped != 0:
         log(m, i, k, TRAPPED, trapped, pmb * par.trap_pmb, pms * par.trap_pms)
     tr.traps += trapped

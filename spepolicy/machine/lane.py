@@ -17,6 +17,7 @@ from spepolicy.machine.host import host_event, is_out_of_reach, schedule_host
 from spepolicy.machine.kvm import first_exits, ordinary_exit, take_interrupt
 from spepolicy.machine.layout import build_memory
 from spepolicy.machine.linux_spe import read_ring
+from spepolicy.machine.migration import migration_event
 from spepolicy.machine.misbehave import act_due, fire_armed, schedule_act
 from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
 from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
@@ -37,7 +38,7 @@ _NONE = int(Hook.NONE)
 def _next_time(m: Machine, i: int, k: int) -> int:
     """Return the guest time of vCPU *k*'s next event."""
     v = vcpu_row(m, i, k)
-    if v.segment == _DONE:
+    if v.segment == _DONE or v.blocked != 0:
         return widen(NEVER)
     t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
     t = min(t, v.act_next_ps)
@@ -111,7 +112,7 @@ def _sync(m: Machine, i: int, host_ps: int) -> bool:
     for k in range(params(m, i).vcpus):
         v = vcpu_row(m, i, k)
         until = host_ps - v.host_ps
-        if v.segment != _DONE and v.now_ps < until:
+        if v.segment != _DONE and v.now_ps < until and v.blocked == 0:
             _advance(m, i, k, until)
             if v.now_ps < until:
                 whole = False
@@ -154,14 +155,21 @@ def run_lane(m: Machine, i: int) -> None:
             if t < NEVER and t + v.host_ps < first_host:
                 first_host = t + v.host_ps
                 first = k
-        if first < 0:
+        if first < 0 and vm.blocked == 0:
             vm.finished = 1
             if (par.hooks >> _VM_DESTROYED) & 1 != 0 and vm.started == 1:
                 vm.started = 2
                 _wait(m, i, _VM_DESTROYED, 0)
             return
-        while vm.host_next_ps <= first_host and is_out_of_reach(m, i):
+        while vm.host_next_ps <= min(first_host, vm.migration_next_ps) and is_out_of_reach(m, i):
             host_event(m, i)
+        if vm.migration_next_ps <= min(first_host, vm.host_next_ps):
+            if _sync(m, i, vm.migration_next_ps):
+                hook = migration_event(m, i)
+                if hook != _NONE:
+                    _wait(m, i, hook, 0)
+                    return
+            continue
         if vm.host_next_ps <= first_host:
             if _sync(m, i, vm.host_next_ps):
                 host_event(m, i)
@@ -203,6 +211,7 @@ def start_lanes(m: Machine, lanes: NDArray[np.int64]) -> None:
             vm.host_next_ps = NEVER
         else:
             schedule_host(m, i)
+        vm.migration_next_ps = NEVER if par.migration_kind == 0 else par.migration_start_ps
         for k in range(par.vcpus):
             boot(m, i, k)
             first_exits(m, i, k)

@@ -40,6 +40,7 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("pool", np.int64, 3),
     ("pool_refs", np.int32, 2),
     ("frames", np.int64, 2),
+    ("dirty", np.uint8, 2),
     ("host_page", np.int64, 2),
     ("op_ps", np.int64, 1),
     ("alias_threshold", np.int64, 2),
@@ -171,6 +172,7 @@ pins = _make("pins", "ik")
 pool = _make("pool", "i")
 pool_refs = _make("pool_refs", "i")
 frames = _make("frames", "i")
+dirty = _make("dirty", "i")
 host_page = _make("host_page", "i")
 op_ps = _make("op_ps", "")
 alias_threshold = _make("alias_threshold", "")

@@ -16,14 +16,19 @@ from numpy.typing import NDArray
 from spepolicy.machine.hostops import Backing, Kernel
 
 __all__ = [
+    "ABSENT",
+    "WROTE",
     "Bug",
     "Costs",
     "Cpu",
     "Guest",
+    "Handling",
     "Host",
     "HostKind",
     "IrqDelivery",
     "Kvm",
+    "Migration",
+    "MigrationKind",
     "OpType",
     "Scenario",
     "SessionMode",
@@ -46,6 +51,35 @@ class HostKind(IntEnum):
     SILENT = 0
     RANDOM = 1
     RECORDED = 2
+
+
+class MigrationKind(IntEnum):
+    """How the VM is migrated, if at all."""
+
+    NONE = 0
+    PRECOPY = 1  # pages are sent while the guest runs, and again if it writes to them; then it stops for the rest
+    POSTCOPY = 2  # the guest stops at once and goes on at the target, where its pages follow
+
+
+class Handling(IntEnum):
+    """What KVM does with SPE during a migration (kvm.md 2.3, M1 to M9)."""
+
+    PLAIN = 0  # nothing: buffer pages are write-protected for the log like any page
+    NOT_MAPPED = 1  # M1: pages of slots that log are not pinned and mapped for SPE
+    REFUSE = 2  # M2: the log cannot be turned on while a vCPU has SPE on
+    EXIT_ON_ENABLE = 3  # M3: as M2, and KVM exits to the VMM when a vCPU turns SPE on while the log is on
+    STOP_TRAP = 4  # M4: SPE is off and the guest does not see it (KVM_ARM_VCPU_SPE_STOP_TRAP)
+    STOP_EXIT = 5  # M5: no entry with SPE on; KVM exits to the VMM (KVM_ARM_VCPU_SPE_STOP_EXIT)
+    REPORT_DIRTY = 6  # M6: pinned pages are not write-protected, and reported dirty until the vCPUs stop
+    PREFAULT_TARGET = 7  # M7: buffer and tables are mapped on the target before the vCPUs run
+    EXIT_WHILE_LOGGING = 8  # M8: log on and buffer enabled: exit to the VMM
+    UNLOCK_RELOCK = 9  # M9: unpin everything and stop SPE as M4; pin again when it is over
+    UNREPORTED = 10  # a bug: pinned pages are not write-protected, and not reported either (kvm.md 4.4 L2)
+
+
+# Bits of a page in Machine.dirty. KVM's own log is a bit of its word in Machine.host_page.
+WROTE = 2  # judge only: the SPU has written to it since the log was last read
+ABSENT = 4  # post-copy: still at the source
 
 
 class IrqDelivery(IntEnum):
@@ -173,6 +207,25 @@ class Host:
 
 
 @dataclass(frozen=True)
+class Migration:
+    """One live migration of the VM, or none."""
+
+    kind: MigrationKind = MigrationKind.NONE
+    handling: Handling = Handling.PLAIN
+    start_ps: int = 100_000_000_000  # host time at which the VMM begins
+    bandwidth_bytes_per_us: int = 1000  # of the link, for memory
+    max_downtime_ps: int = 300_000_000_000  # pre-copy stops when what is left can be sent in this time
+    rounds: int = 30  # and after so many rounds whatever is left
+    switch_ps: int = 20_000_000_000  # downtime for the state of vCPUs and devices
+    dirty_bytes_per_us: int = 100  # the guest's CPUs dirty so much while the log is on, apart from SPE buffers
+    working_set_pages: int = 16384  # and no more of them than these
+    cancel_round: int = 0  # the VMM gives up after so many rounds; 0: never
+    abort: bool = False  # what the VMM does on an exit because of SPE: give up, instead of holding the vCPU
+    retry_ps: int = 10_000_000_000  # a migration that KVM refused is tried again after this
+    request_ps: int = 200_000_000  # post-copy: one page on demand, there and back
+
+
+@dataclass(frozen=True)
 class Workload:
     """A program as phases over functions. All arrays are made by `spepolicy.workload`.
 
@@ -213,4 +266,5 @@ class Scenario:
     kvm: Kvm = field(default_factory=Kvm)
     costs: Costs = field(default_factory=Costs)
     host: Host = field(default_factory=Host)
+    migration: Migration = field(default_factory=Migration)
     seed: int = 1

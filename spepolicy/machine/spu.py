@@ -45,6 +45,7 @@ from spepolicy.machine.host import (
 from spepolicy.machine.rows import (
     alias_outcome,
     alias_threshold,
+    dirty,
     exponential,
     frames,
     host_page,
@@ -64,6 +65,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     walk_row,
 )
+from spepolicy.machine.scenario import WROTE
 from spepolicy.machine.state import LostCause, Machine
 from spepolicy.machine.trace import (
     COLLIDED,
@@ -105,7 +107,7 @@ _SIZES = (36, 45, 45, 45, 43, 45, 45, 45)
 def profiling_enabled(v: Any) -> bool:
     """StatisticalProfilingEnabled() at the current exception level for an EL1-owned buffer (rules 3 and 4)."""
     bit = PMSCR_E1SPE if v.level == 1 else PMSCR_E0SPE
-    return v.pmscr & bit != 0 and v.pmblimitr & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0
+    return v.pmscr & bit != 0 and v.pmblimitr & PMBLIMITR_E != 0 and v.pmbsr & PMBSR_S == 0 and v.spe_off == 0
 
 
 @jit
@@ -199,6 +201,8 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         diverged = 1 if host_page(m, i)[guest_page] & FRAME != pa >> 12 else 0
         tlb(m, i, k)[e, 3] = diverged
         tr.diverged_pages += diverged
+    if par.migration_kind != 0:
+        dirty(m, i)[tlb(m, i, k)[e, 2] - par.ram_page0] |= WROTE
     tr.diverged_now = tlb(m, i, k)[e, 3]
     v.tlb_page = page
     return 0

@@ -90,6 +90,19 @@ _PARAMS = [
     "zone_movable",
     "recording_span_ps",
     "acts",
+    "migration_kind",
+    "migration_handling",
+    "migration_start_ps",
+    "migration_page_ps",
+    "migration_max_downtime_ps",
+    "migration_rounds",
+    "migration_switch_ps",
+    "migration_dirty_page_ps",
+    "migration_working_set",
+    "migration_cancel_round",
+    "migration_abort",
+    "migration_retry_ps",
+    "migration_request_ps",
     "phases",
     "guest_tables",
     "scatter_a",
@@ -133,6 +146,23 @@ leaked_pins         pins that KVM forgot because of an injected bug
 pin_calls           pages pinned in total
 pin_refused         pages refused by the memlock limit
 stale_pins          pinned pages that the host replaced behind the pin
+migration_phase     spepolicy.machine.migration.Phase
+migration_next_ps   host time of what the migration does next, NEVER if nothing
+migration_round     rounds of pre-copy that are over
+migration_pages     pages that are being sent
+migration_sent      pages sent in total
+migration_resent    of these, pages sent before
+migration_resent_buffer of these, pages of SPE buffers
+migration_downtime_ps
+migration_refused   times that KVM refused to turn the dirty log on
+migration_outcome   0 under way or none, 1 completed, 2 cancelled, 3 given up because of SPE
+migration_begin_ps  host time
+migration_end_ps
+migration_arrived   post-copy: pages pushed so far
+migration_demanded  post-copy: pages fetched on demand, for KVM or a CPU
+migration_unlogged  pages that the SPU wrote to and the dirty log did not tell: the target has old data
+migration_gate      Handling by which KVM exits to the VMM before it enters a vCPU with SPE on, 0 if none
+blocked             vCPUs that the VMM holds
 startup_ps          time spent in vm_created
 locked              1: the VMM has mlocked the guest's memory
 dirty_logging       1: KVM logs dirty pages
@@ -193,6 +223,9 @@ moved               times that a page of the buffer was remapped or migrated
 table_freed         level 2 descriptor of the stage 1 table that was unlinked, 0 if none
 table_freed_va      VA that it translates
 reader_ps           guest time at which perf has consumed what it was woken for
+spe_off             1: KVM keeps SPE off behind the guest's back
+blocked             1: the VMM holds the vCPU
+blocked_since_ps    host time
 segment             SEG_*: what the guest executes
 segment_end_ps      guest time at which the segment ends
 segment_ps          its length in program time
@@ -295,6 +328,8 @@ injected_full
 injected_too_large
 forged_loss         DL=1 told to the guest although no record was cut
 resumed_cut         faults with DL=1 that were resumed: a cut record stays in the stream
+vmm_exits           exits to the VMM because of SPE
+stalled_ps          host time for which the VMM held the vCPU
 refused             sessions that the policy refused for the memlock limit
 digest              hash over all records written, in order
 copies              times that KVM copied its own buffer out to the guest's
@@ -367,6 +402,8 @@ class Hook(IntEnum):
     BUFFER_STOPPING = 11
     TIMER = 12
     BUFFER_ANNOUNCED = 13
+    MIGRATION_STARTED = 14
+    MIGRATION_FINISHED = 15
 
 
 class Segment(IntEnum):
@@ -407,6 +444,7 @@ class Machine(NamedTuple):
     pool: Ints  # [N, P, 512] table pages: descriptors of both stages
     pool_refs: NDArray[np.int32]  # [N, P] valid entries in a stage 2 table page
     frames: Ints  # [N, H] hash of spepolicy.mmu.memory: which table page a host frame holds
+    dirty: NDArray[np.uint8]  # [N, ram_pages, or 1 without migration] bits of spepolicy.machine.scenario
     host_page: Ints  # [N, ram_pages] the VMM's page table: see spepolicy.machine.host. Last array that belongs to lanes
     # workload (spepolicy.machine.scenario.Workload)
     op_ps: Ints

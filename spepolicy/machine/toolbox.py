@@ -27,6 +27,7 @@ from spepolicy.arch.registers import (
 )
 from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.host import (
+    DIRTY,
     FRAME,
     HOLE,
     NOTIFIED,
@@ -53,7 +54,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
-from spepolicy.machine.scenario import Bug
+from spepolicy.machine.scenario import Bug, Handling
 from spepolicy.machine.spu import hold_counter
 from spepolicy.machine.state import NEVER, LostCause, Machine
 from spepolicy.machine.trace import CLAIMED, MAPPED, PINNED, RESUMED, UNPINNED, WALKED, ZERO, log
@@ -64,6 +65,7 @@ from spepolicy.mmu.walker import AF, FSC_MASK, OA_MASK, S1_READ_ONLY, S2_WRITE, 
 
 Ints = NDArray[np.int64]
 
+_NOT_MAPPED, _REPORT_DIRTY = int(Handling.NOT_MAPPED), int(Handling.REPORT_DIRTY)
 _REFUSED = int(LostCause.REFUSED)
 _STAGE1_FAULT = int(LostCause.STAGE1_FAULT)
 
@@ -197,6 +199,10 @@ def pin_fresh(m: Machine, lanes: Ints, vcpus: Ints, ignore_limit: int) -> Ints:
         par = params(m, i)
         v = vcpu_row(m, i, k)
         fresh = pins(m, i, k)[1 - v.pin_list]
+        if vm.dirty_logging != 0 and par.migration_handling == _NOT_MAPPED:
+            v.pin_fresh = 0
+            result[n] = PIN_NO_PAGE
+            continue
         if ignore_limit == 0 and vm.pinned_pages + vm.locked_pages + v.pin_fresh > par.memlock_pages:
             vm.pin_refused += v.pin_fresh
             log(m, i, k, PINNED, PIN_OVER_LIMIT, v.pin_fresh, ZERO)
@@ -274,6 +280,8 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
             leaked += 1
         elif words[page] & PIN_MASK != 0:
             words[page] -= PIN_ONE
+            if vm.dirty_logging != 0 and par.migration_handling == _REPORT_DIRTY:
+                words[page] |= DIRTY  # it was writable so far, and is not pinned when the log is read
     vm.leaked_pins += leaked
     account_pins(vm, leaked - count, v.now_ps + v.host_ps)
     if count != 0:
@@ -429,6 +437,9 @@ def map_fresh(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         v = vcpu_row(m, i, k)
         cost = 0
         before = vm.stage2_maps
+        if vm.dirty_logging != 0 and par.migration_handling == _NOT_MAPPED:
+            v.pin_fresh = 0
+            failed[n] = 1
         for p in range(v.pin_fresh):
             paid = map_page(m, i, widen(pins(m, i, k)[1 - v.pin_list, p]), 1)
             if paid < 0:

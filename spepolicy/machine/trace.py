@@ -83,6 +83,7 @@ class LogKind(IntEnum):
     UNMAPPED = 31  # - HostOp; first guest page | pages << 32; stage 2 leaves removed
     # blackouts
     BLACK = 32  # a window opens - LostCause
+    MIGRATED = 41  # a step of a live migration is done - Phase; pages being sent; round
     LIGHT = 33  # it closes - LostCause; its wanted guest time in ps; operations missed
     # the guest against its own buffer (spepolicy.machine.guestacts)
     GUEST_ACT = 40  # - GuestAct; VA; PMBSR_EL1
@@ -117,6 +118,7 @@ TRAPPED, EXIT, INTERRUPT, INJECTED, VIRQ = (_K[n] for n in ("TRAPPED", "EXIT", "
 HOOK, WALKED, PINNED, UNPINNED, MAPPED = (_K[n] for n in ("HOOK", "WALKED", "PINNED", "UNPINNED", "MAPPED"))
 RESUMED, CLAIMED, HOST_OP, UNMAPPED = _K["RESUMED"], _K["CLAIMED"], _K["HOST_OP"], _K["UNMAPPED"]
 BLACK, LIGHT, GUEST_ACT = _K["BLACK"], _K["LIGHT"], _K["GUEST_ACT"]
+MIGRATED = _K["MIGRATED"]
 REG_PMSCR, REG_PMSFCR, REG_PMSEVFR, REG_PMSLATFR, REG_PMSIRR, REG_PMBLIMITR, REG_PMBPTR, REG_PMBSR = (
     _constant(register) for register in Register
 )
@@ -148,6 +150,13 @@ def log_at(m: Machine, i: int, k: int, at_ps: int, kind: int, detail: int, a: in
     """Append a row at guest time *at_ps* of vCPU *k*."""
     if log_rows(m, i).shape[0] != 0:
         _append(m, i, at_ps + vcpu_row(m, i, k).host_ps, at_ps, k, kind, detail, a, b)
+
+
+@jit
+def log_vm(m: Machine, i: int, host_ps: int, kind: int, detail: int, a: int, b: int) -> None:
+    """Append a row that is of no vCPU, at host time *host_ps*."""
+    if log_rows(m, i).shape[0] != 0:
+        _append(m, i, host_ps, -ONE, _HOST, kind, detail, a, b)
 
 
 @jit

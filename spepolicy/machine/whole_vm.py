@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import entry
+from spepolicy.jit import entry, jit
 from spepolicy.machine.host import LOCKED, PIN_MASK, SKIPPED, map_page, resident
 from spepolicy.machine.rows import host_page, params, vcpu_row, vm_row
 from spepolicy.machine.state import Machine
@@ -18,9 +18,21 @@ from spepolicy.machine.trace import PINNED, UNPINNED, ZERO, log
 Ints = NDArray[np.int64]
 
 
+@jit
+def _charge_vm(m: Machine, i: int, cost_ps: int) -> None:
+    """The VM waits: before its first vCPU runs, or stopped by a migration, whose target does this again."""
+    vm = vm_row(m, i)
+    if vm.migration_begin_ps == 0:
+        vm.startup_ps += cost_ps
+        return
+    vm.migration_downtime_ps += cost_ps
+    for k in range(params(m, i).vcpus):
+        vcpu_row(m, i, k).host_ps += cost_ps
+
+
 @entry
 def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
-    """Pin all RAM of each VM and map it at stage 2. Return PIN_* each. The time is start-up time."""
+    """Pin all RAM of each VM and map it at stage 2. Return PIN_* each. The VM waits for it."""
     result = np.zeros(lanes.shape[0], dtype=np.int64)
     for n in range(lanes.shape[0]):
         i = lanes[n]
@@ -32,7 +44,7 @@ def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
             continue
         everything = np.arange(par.ram_pages).astype(np.int32)
         done, cost = pin_pages(m, i, everything, par.ram_pages)
-        vm.startup_ps += cost
+        _charge_vm(m, i, cost)
         vm.pin_calls += done
         account_pins(vm, done, 0)
         log(m, i, ZERO, PINNED, ZERO, done, ZERO)
@@ -76,7 +88,7 @@ def mlock_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
             if cost < 0:
                 result[n] = PIN_NO_PAGE
                 break
-            vm.startup_ps += cost
+            _charge_vm(m, i, cost)
             host_page(m, i)[page] = host_page(m, i)[page] | LOCKED
             vm.locked_pages += 1
     return result
@@ -96,6 +108,6 @@ def map_all(m: Machine, lanes: Ints) -> Ints:
             if cost < 0:
                 result[n] = PIN_NO_PAGE
                 break
-            vm.startup_ps += cost
-        vm.startup_ps += (vm.stage2_maps - before) * par.map_page_ps
+            _charge_vm(m, i, cost)
+        _charge_vm(m, i, (vm.stage2_maps - before) * par.map_page_ps)
     return result

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from spepolicy.alias import TABLE_DRAWS, alias_table
-from spepolicy.machine.scenario import Cpu, Guest, Scenario, Workload
+from spepolicy.machine.scenario import Cpu, Guest, Migration, Scenario, Workload
 
 from .interpreted import Lane, module
 
@@ -43,11 +43,14 @@ class Bench(Lane):
         virtualized: bool = False,
         workload: Workload | None = None,
         guest: dict[str, Any] | None = None,
+        migration: Migration | None = None,
         **behaviour: Any,
     ) -> None:
         whole = Guest(ram_pages=256, buffer_pages=buffer_pages, period_ops=interval, jitter=jitter, **(guest or {}))
         super().__init__(
-            Scenario(workload=workload or one_kind(), cpu=cpu, guest=whole), virtualized=virtualized, **behaviour
+            Scenario(workload=workload or one_kind(), cpu=cpu, guest=whole, migration=migration or Migration()),
+            virtualized=virtualized,
+            **behaviour,
         )
         v = self.v
         v.segment, v.level, v.distribution = 0, 0, 0

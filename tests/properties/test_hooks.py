@@ -29,7 +29,7 @@ from spepolicy.hookspecs import (
     hookimpl,
 )
 from spepolicy.machine.hostops import HostOp, Notifier
-from spepolicy.machine.scenario import Cpu, Host
+from spepolicy.machine.scenario import Cpu, Host, Migration, MigrationKind
 from spepolicy.machine.state import LostCause
 
 from .scenarios import MS, QUIET, US, busy_host, conserved, guest, policy, scenario
@@ -622,3 +622,38 @@ def test_hook_timer() -> None:
     assert 0 <= soon.count("user_profiling_armed") - soon.count("timer") <= 3
     assert soon.count("timer") > 10
     assert late.count("timer") == 0
+
+
+def migrated() -> list[tuple[str, int, int, int]]:
+    """Migrate four VMs of two vCPUs; return (hook, VMs, vCPUs, pinned pages) of each call."""
+    seen: list[tuple[str, int, int, int]] = []
+
+    @dataclass
+    class Told(Recorder):
+        """Write down what is said of migrations."""
+
+        @hookimpl
+        def migration_started(self, vms: Vms, vcpus: Vcpus) -> None:
+            seen.append(("started", len(vms), len(vcpus), int(vcpus.pinned_pages.sum())))
+
+        @hookimpl
+        def migration_finished(self, vms: Vms, vcpus: Vcpus) -> None:
+            seen.append(("finished", len(vms), len(vcpus), int(vcpus.pinned_pages.sum())))
+
+    moved = Migration(kind=MigrationKind.PRECOPY, start_ps=10**9, bandwidth_bytes_per_us=20_000, switch_ps=10**7)
+    run(Told(), guest=guest(vcpus=2), migration=moved)
+    return seen
+
+
+def test_hook_migration_started() -> None:
+    """Once a VM, with all of its vCPUs."""
+    batches = [entry for entry in migrated() if entry[0] == "started"]
+    assert sum(vms for _, vms, _, _ in batches) == 4
+    assert all(vcpus == 2 * vms for _, vms, vcpus, _ in batches)
+
+
+def test_hook_migration_finished() -> None:
+    """Once a VM, with all of its vCPUs, on a target where nothing is pinned."""
+    batches = [entry for entry in migrated() if entry[0] == "finished"]
+    assert sum(vms for _, vms, _, _ in batches) == 4
+    assert all((vcpus, pinned) == (2 * vms, 0) for _, vms, vcpus, pinned in batches)
