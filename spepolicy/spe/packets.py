@@ -46,7 +46,8 @@ def decode(
     """Decode a stream of SPE packets.
 
     Memory beside the buffer follows from what is found: 104 bytes for a record, which has 3 bytes at least and mostly
-    30 to 64; 24 bytes for a damaged place; nothing for padding.
+    30 to 64; 24 bytes for a damaged place; nothing for padding. A stream of hundreds of MB is best decoded in pieces,
+    each from `report.rest` of the one before on: to find memory for all records at once may cost more than to decode.
 
     :param buffer: bytes, or anything with the buffer interface.
     :param max_size: bytes, 1 to 2048: no record is longer. 2**PMSIDR_EL1.MaxSize, if known, finds more cut records.
