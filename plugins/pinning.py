@@ -16,11 +16,13 @@ from spepolicy.machine.hostops import Notifier
 NOTIFIERS = {
     "honour": Notifier(0),
     "all_but_unmap": ~Notifier.UNMAP,
+    "harmless": Notifier.HARMLESS,
     "finer": Notifier.PROTECTION_VMA | Notifier.PROTECTION_PAGE | Notifier.SOFT_DIRTY,
 }
 NOTIFIERS_DOC: dict[str, Any] = doc(
     "MMU notifier events on pinned pages: 'honour' them as mainline does; ignore 'all_but_unmap'; 'finer': ignore "
-    "those that leave the page in place (protection changes and soft-dirty) and honour CLEAR and UNMAP",
+    "those that leave the page in place (protection changes and soft-dirty) and honour CLEAR and UNMAP; 'harmless': "
+    "ignore all that leaves a pinned page alone, if the kernel told KVM the caller",
     choices=tuple(NOTIFIERS),
     source="A. Elisei, 12 Aug 2022; RFC v6 patches 30 and 31 (kvm.md H8)",
 )

@@ -65,12 +65,13 @@ from spepolicy.machine.hostpage import (
     cpu_touch,
     invalidate_tlb,
     map_page,
+    note_divergence,
     notify,
     resident,
     split_folio,
     taken,
 )
-from spepolicy.machine.operations import change_backing, exempt, operate
+from spepolicy.machine.operations import change_backing, exempt, operate, why_of
 from spepolicy.machine.pagetables import ipa_leaf, map_ipa
 from spepolicy.machine.rows import (
     effect_table,
@@ -139,10 +140,12 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
         clear_in_leaf(m, i, page, S2_WRITE)
         host_page(m, i)[page] = taken(host_page(m, i)[page], GONE_HOST)
     if effect & UNMAP != 0:
-        notify(m, i, EVENT[op], page, page + 1, 1)
+        notify(m, i, EVENT[op], why_of(op, EVENT[op]), page, page + 1, 1)
         if word & HUGE != 0 and effect & (SPLIT | MOVE | REPLACE | SHARE | SWAP | LOSE) != 0:
             split_folio(m, i, page)
         host_page(m, i)[page] = change_backing(m, i, host_page(m, i)[page], effect & ~(SPLIT | COLLAPSE))
+        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE) != 0:
+            note_divergence(m, i, page)
         if effect & SHARE != 0 and par.change_pte != 0:
             map_ipa(m, i, (par.ram_page0 + page) << 12, KSM_FRAME, 0)
     if (word & ROLE_MASK) >> ROLE_SHIFT == ROLE_HOT:
@@ -153,7 +156,7 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
 def _unmap_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
     """Do what operate_on_page does for an operation that only unmaps, for many pages: a NUMA scan takes the VM."""
     vm_row(m, i).host_op = op
-    notify(m, i, EVENT[op], first, last, 1)
+    notify(m, i, EVENT[op], why_of(op, EVENT[op]), first, last, 1)
     for page in range(first, last):
         if host_page(m, i)[page] & ROLE_MASK == ROLE_HOT << ROLE_SHIFT:
             cpu_touch(m, i, page, 0)

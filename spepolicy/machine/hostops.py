@@ -76,7 +76,12 @@ class Kernel(IntEnum):
 
 
 class Notifier(IntFlag):
-    """MMU notifier events as a mask: bit n is value n of enum mmu_notifier_event (linux/mmu_notifier.h, Linux 6.1)."""
+    """MMU notifier events as a mask: bit n is value n of enum mmu_notifier_event (linux/mmu_notifier.h, Linux 6.1).
+
+    From bit 8 on: finer classes, which no kernel tells KVM apart today. CLEAR comes from callers that replace a page
+    and from callers that leave a pinned one alone, and PROTECTION_VMA from mprotect and from NUMA balancing (kvm.md
+    H8). An event is ignored if its bit or that of its class is set.
+    """
 
     UNMAP = 1 << 0  # the virtual range goes: munmap, mremap
     CLEAR = 1 << 1  # page table entries cleared for any other reason: reclaim, migration, zap, copy-on-write, KSM
@@ -86,3 +91,11 @@ class Notifier(IntFlag):
     RELEASE = 1 << 5  # the address space goes
     MIGRATE = 1 << 6  # pages move to device memory (migrate_vma)
     EXCLUSIVE = 1 << 7  # a device takes the page for itself (make_device_exclusive_range)
+    ZAP = 1 << 8  # CLEAR by zap_page_range: MADV_DONTNEED, balloon, hole punch, truncation. The page goes
+    RMAP = 1 << 9  # CLEAR by try_to_unmap and try_to_migrate, MADV_FREE: a pinned page stays
+    MERGE = 1 << 10  # CLEAR by KSM's write_protect_page: a pinned page is not merged
+    SPLIT = 1 << 11  # CLEAR by a split or collapse of a huge page: the pages stay where they are, or it is not done
+    COPY = 1 << 12  # CLEAR by copy-on-write
+    HINT = 1 << 13  # PROTECTION_VMA by NUMA balancing: the page stays
+    # What leaves a pinned page behind the VMM's address (spepolicy/machine/effects: every row of state P).
+    HARMLESS = RMAP | MERGE | SPLIT | HINT | PROTECTION_PAGE | SOFT_DIRTY

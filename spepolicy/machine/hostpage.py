@@ -22,6 +22,7 @@ from spepolicy.machine.rows import (
     pool,
     pool_refs,
     tlb,
+    truth_row,
     vcpu_row,
     vm_row,
 )
@@ -69,6 +70,8 @@ ZERO_FRAME = 0x80_0001
 FOLIO = 512  # pages of a huge page
 
 CLEAR = 1  # MMU_NOTIFY_CLEAR
+# Classes of notifier calls, as bits of spepolicy.machine.hostops.Notifier.
+WHY_ZAP, WHY_RMAP, WHY_MERGE, WHY_SPLIT, WHY_COPY, WHY_HINT = range(8, 14)
 _MISSED_NOTIFIER = int(Bug.MISSED_NOTIFIER)
 _PLAIN = PRESENT | SHARED | HOLE | TRACKED | READ_ONLY_VMA | HUGE
 
@@ -159,16 +162,16 @@ def _take_block(m: Machine, i: int, page: int, keep_pinned: int) -> None:
 
 
 @jit
-def notify(m: Machine, i: int, event: int, first: int, last: int, times: int) -> None:
-    """An MMU notifier of kind *event* fires *times* times for pages first..last-1: KVM unmaps them from stage 2, except
-    for pinned pages where the policy's filter ignores the event.
+def notify(m: Machine, i: int, event: int, why: int, first: int, last: int, times: int) -> None:
+    """An MMU notifier of kind *event* and class *why* (bits of `Notifier`) fires *times* times for pages first..last-1:
+    KVM unmaps them from stage 2, except for pinned pages where the policy's filter ignores it.
     """
     vm = vm_row(m, i)
     par = params(m, i)
     words = host_page(m, i)
     tables = pool(m, i)
     refs = pool_refs(m, i)
-    ignores = (par.notifier_filter >> event) & 1
+    ignores = ((par.notifier_filter >> event) | (par.notifier_filter >> why)) & 1
     host_calls(m, i)[event] += times
     # Had KVM pinned the page as it believes, this operation would not have taken it.
     skips = effect_table(m)[0, vm.host_op, 2, ROW] & UNMAP == 0
@@ -250,6 +253,26 @@ def age(m: Machine, i: int, first: int, last: int, times: int) -> int:
     return young
 
 
+@jit
+def note_divergence(m: Machine, i: int, page: int) -> None:
+    """Judge only: the VMM has changed what is behind *page*. An SPU that still holds a translation of it, because a
+    filter kept the notifier from KVM, writes to a page that the VMM's address does not show any more.
+    """
+    par = params(m, i)
+    word = host_page(m, i)[page]
+    for k in range(par.vcpus):
+        v = vcpu_row(m, i, k)
+        entries = tlb(m, i, k)
+        for e in range(entries.shape[0]):
+            if entries[e, 0] == -1 or entries[e, 2] != par.ram_page0 + page or entries[e, 3] & 1 != 0:
+                continue
+            if word & HOLE != 0 or word & FRAME != entries[e, 1]:
+                entries[e, 3] |= 1
+                truth_row(m, i, k).diverged_pages += 1
+                if entries[e, 0] == v.tlb_page:
+                    truth_row(m, i, k).diverged_now = entries[e, 3]
+
+
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,9 +286,9 @@ def break_sharing(m: Machine, i: int, page: int) -> int:
     calls = vm.notifier_calls  # a recording has these calls as rows of their own
     if words[page] & HUGE != 0:
         first = page & ~(FOLIO - 1)
-        notify(m, i, CLEAR, first, min(first + FOLIO, words.shape[0]), 1)
+        notify(m, i, CLEAR, WHY_SPLIT, first, min(first + FOLIO, words.shape[0]), 1)
         split_folio(m, i, page)
-    notify(m, i, CLEAR, page, page + 1, 1)
+    notify(m, i, CLEAR, WHY_COPY, page, page + 1, 1)
     vm.notifier_calls = calls
     words[page] = set_frame(m, i, words[page], fresh_frame(vm), 1) & ~SHARED
     repoint(m, i, page)
@@ -328,7 +351,7 @@ def pin_page(m: Machine, i: int, page: int) -> int:
         first, count, frame = page, 1, widen(-1)
         if words[page] & HUGE != 0:
             first, count, frame = page & ~(FOLIO - 1), FOLIO, fresh_folio(vm)
-        notify(m, i, CLEAR, first, first + count, 1)
+        notify(m, i, CLEAR, WHY_RMAP, first, first + count, 1)
         for n in range(first, first + count):
             words[n] = set_frame(m, i, words[n], frame + n - first if frame >= 0 else fresh_frame(vm), 1)
         cost += count * par.copy_page_ps

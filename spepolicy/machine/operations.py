@@ -6,6 +6,9 @@ is here too: it is the one operation that changes stage 2 without a notifier and
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spepolicy.jit import jit, widen
 from spepolicy.machine.effects import (
     COLLAPSE,
@@ -62,12 +65,18 @@ from spepolicy.machine.hostpage import (
     ROLE_TABLE,
     SHARED,
     TRACKED,
+    WHY_HINT,
+    WHY_MERGE,
+    WHY_RMAP,
+    WHY_SPLIT,
+    WHY_ZAP,
     age,
     clear_in_leaf,
     cpu_touch,
     fresh_folio,
     fresh_frame,
     invalidate_tlb,
+    note_divergence,
     notify,
     repoint,
     set_frame,
@@ -84,10 +93,35 @@ _RECLAIMS = (int(HostOp.RECLAIM), int(HostOp.PAGEOUT), int(HostOp.PAGEOUT_PART))
 _RECLAIM, _PAGEOUT, _PAGEOUT_PART = _RECLAIMS
 _RECLAIM_LAZY = int(HostOp.RECLAIM_LAZY)
 _THP = int(HostOp.THP)
+
+
+def _classes() -> NDArray[np.int64]:
+    """Return the class of notifier calls of each HostOp, 0 where the event says it all."""
+    found = np.zeros(len(HostOp), dtype=np.int64)
+    for op in (HostOp.DONTNEED, HostOp.REMOVE, HostOp.PUNCH_HOLE, HostOp.TRUNCATE):
+        found[op] = WHY_ZAP
+    for op in (
+        HostOp.RECLAIM, HostOp.RECLAIM_LAZY, HostOp.PAGEOUT, HostOp.PAGEOUT_PART, HostOp.FREE, HostOp.MOVE,
+        HostOp.MBIND, HostOp.COMPACT, HostOp.NUMA_MIGRATE, HostOp.SOFT_OFFLINE,
+    ):  # fmt: skip
+        found[op] = WHY_RMAP
+    found[HostOp.KSM] = WHY_MERGE
+    found[HostOp.NUMA_SCAN] = WHY_HINT
+    found[[HostOp.THP, HostOp.THP_SPLIT]] = WHY_SPLIT
+    return found
+
+
+WHY = _classes()
 _HUGETLB = int(Backing.HUGETLB)
 
 
 # ---- what becomes of pages -------------------------------------------------------------------------------------------
+
+
+@jit
+def why_of(op: int, event: int) -> int:
+    """Return the class of the calls of *event* that HostOp *op* makes; the event itself where there is none."""
+    return WHY[op] if WHY[op] != 0 else event
 
 
 @jit
@@ -149,6 +183,8 @@ def _change_pages(m: Machine, i: int, first: int, last: int, effect: int) -> Non
             words[page] = change_backing(m, i, word, effect)
         if effect & COLLAPSE != 0:
             words[page] = (words[page] | HUGE | PRESENT) & ~EMPTY
+        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE) != 0:
+            note_divergence(m, i, page)
     if effect & SPLIT != 0:
         split_folio(m, i, first)
 
@@ -193,10 +229,10 @@ def _edges(m: Machine, i: int, first: int, last: int, kind: int, times: int) -> 
     before = widen(-1)
     if first & (FOLIO - 1) != 0:
         before = first & ~(FOLIO - 1)
-        notify(m, i, kind, before, min(before + FOLIO, pages), times)
+        notify(m, i, kind, WHY_SPLIT, before, min(before + FOLIO, pages), times)
     behind = last & ~(FOLIO - 1)
     if last & (FOLIO - 1) != 0 and behind != before:
-        notify(m, i, kind, behind, min(behind + FOLIO, pages), times)
+        notify(m, i, kind, WHY_SPLIT, behind, min(behind + FOLIO, pages), times)
 
 
 @jit
@@ -209,7 +245,7 @@ def _folios(m: Machine, i: int, first: int, last: int, kind: int, times: int) ->
         if words[page] & HUGE != 0:
             page &= ~(FOLIO - 1)
             end = min(page + FOLIO, words.shape[0])
-        notify(m, i, kind, page, end, times)
+        notify(m, i, kind, WHY_SPLIT, page, end, times)
         page = end
 
 
@@ -223,7 +259,7 @@ def _step_on_range(m: Machine, i: int, step: int, first: int, last: int) -> None
     elif (step >> SCOPE_SHIFT) & SCOPE_MASK == SCOPE_FOLIO:
         _folios(m, i, first, last, kind, times)
     else:
-        notify(m, i, kind, first, last, times)
+        notify(m, i, kind, why_of(vm_row(m, i).host_op, kind), first, last, times)
 
 
 @jit
@@ -299,7 +335,7 @@ def _operate_on_folio(m: Machine, i: int, op: int, page: int, row: int) -> int:
         elif kind == KIND_SET_SPTE:
             points = True
         else:
-            notify(m, i, kind, low, high, times)
+            notify(m, i, kind, why_of(op, kind), low, high, times)
     if effect != 0:
         if single:
             _change_pages(m, i, page, page + 1, effect)

@@ -39,6 +39,7 @@ from spepolicy.machine.host import (
     GONE_MIGRATION,
     GONE_NEVER,
     GONE_SHIFT,
+    HOLE,
     PIN_MASK,
     SKIPPED,
 )
@@ -198,7 +199,8 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         tlb(m, i, k)[e, 0] = page
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12
-        diverged = 1 if host_page(m, i)[guest_page] & FRAME != pa >> 12 else 0
+        word = host_page(m, i)[guest_page]
+        diverged = 1 if word & HOLE != 0 or word & FRAME != pa >> 12 else 0
         tlb(m, i, k)[e, 3] = diverged
         tr.diverged_pages += diverged
     if par.migration_kind != 0:

@@ -131,7 +131,7 @@ def observe(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module(where), name, noted)
 
     change_pte = experiment.lane.par.change_pte
-    spy("notify", lambda event, first, last, times: (EVENTS[event], first, last, times))
+    spy("notify", lambda event, _why, first, last, times: (EVENTS[event], first, last, times))
     spy("age", lambda first, last, times: ("age", first, last, times))
     spy("repoint", lambda page: ("set_spte", page, page + 1, change_pte))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from spepolicy.alias import TABLE_DRAWS, alias_table
 from spepolicy.drivers.simulate import Result
+from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Guest, OpType, Scenario, Workload
 from spepolicy.machine.state import LOST_CAUSES, NEVER, TRUTH, VCPU, VM, WINDOW, LostCause
 
@@ -69,7 +70,7 @@ def empty_result(policy: str = "by_hand", replicates: Sequence[int] = (0,), vcpu
         lost=np.zeros((n, vcpus, LOST_CAUSES), np.int64),
         blackout_ps=np.zeros((n, vcpus, LOST_CAUSES), np.int64),
         claims=np.zeros((n, 6, 6), np.int64),
-        host_ops=np.zeros((n, 16), np.int64),
+        host_ops=np.zeros((n, len(HostOp)), np.int64),
         exposure_ps=np.zeros((n, vcpus, 2), np.int64),
         seen=np.zeros((n, vcpus, 3), np.int64),
         windows=np.zeros(0, [("lane", np.int64), *WINDOW.descr]),

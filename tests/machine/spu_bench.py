@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from spepolicy.alias import TABLE_DRAWS, alias_table
-from spepolicy.machine.scenario import Cpu, Guest, Migration, Scenario, Workload
+from spepolicy.machine.scenario import Cpu, Guest, Host, Migration, Scenario, Workload
 
 from .interpreted import Lane, module
 
@@ -44,11 +44,21 @@ class Bench(Lane):
         workload: Workload | None = None,
         guest: dict[str, Any] | None = None,
         migration: Migration | None = None,
+        host: Host | None = None,
         **behaviour: Any,
     ) -> None:
-        whole = Guest(ram_pages=256, buffer_pages=buffer_pages, period_ops=interval, jitter=jitter, **(guest or {}))
+        plain: dict[str, Any] = {
+            "ram_pages": 256,
+            "buffer_pages": buffer_pages,
+            "period_ops": interval,
+            "jitter": jitter,
+        }
+        whole = Guest(**(plain | (guest or {})))
         super().__init__(
-            Scenario(workload=workload or one_kind(), cpu=cpu, guest=whole, migration=migration or Migration()),
+            Scenario(
+                workload=workload or one_kind(), cpu=cpu, guest=whole, migration=migration or Migration(),
+                host=host or Host(),
+            ),  # fmt: skip
             virtualized=virtualized,
             **behaviour,
         )

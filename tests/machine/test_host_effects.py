@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spepolicy.hookspecs import Cause
-from spepolicy.machine.hostops import HostOp, Notifier
+from spepolicy.machine.hostops import Backing, HostOp, Kernel, Notifier
 from spepolicy.machine.scenario import Cpu, Host, HostKind
 from spepolicy.recording.model import NO_NOTIFIER, Recording
 
@@ -19,6 +19,7 @@ from .spu_bench import Bench
 FRAME = 0xFFFF_FFFF
 VALID, WRITE, AF = 1, 1 << 7, 1 << 10
 DISTURBING = [op for op in HostOp if op > HostOp.CPU_TOUCH]
+OPERATIONS = DISTURBING
 
 
 def ordinary_page(lane: Lane) -> int:
@@ -279,3 +280,60 @@ def test_random_operations_come_at_their_rates() -> None:
     assert abs(aged / n - 0.75) < 4 * (0.75 * 0.25 / n) ** 0.5
     mean = int(lane.vm.host_next_ps) / (n + 1)
     assert abs(mean / (7.5 * US) - 1) < 4 / n**0.5
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+
+FILTERS = {"none": Notifier(0), "all but UNMAP": ~Notifier.UNMAP, "harmless": Notifier.HARMLESS}
+
+
+@pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: op.name)
+@pytest.mark.parametrize("backing", list(Backing), ids=lambda it: it.name)
+def test_what_each_filter_costs(op: HostOp, backing: Backing) -> None:
+    """On a pinned page that the SPU has in its TLB. Honouring everything never diverges; ignoring all but UNMAP keeps
+    the mapping but for UNMAP and KVM's own doing, and diverges where the page goes; ignoring what is harmless keeps it
+    exactly where the page stays.
+    """
+    kept, diverged, replaced = {}, {}, {}
+    for name, mask in FILTERS.items():
+        host = Host(kernel=Kernel.V6_12, backing=backing)
+        bench = Bench(virtualized=True, notifier_filter=int(mask), host=host, guest={"ram_pages": 1024})
+        word = module("machine.hostpage")
+        page = bench.buffer_page(1)
+        bench.m.host_page[0] += word.PIN_ONE
+        bench.v.pmbptr = bench.start + 4096
+        bench.write_records(1)
+        frame = bench.m.host_page[0, page] & FRAME
+        first = 0 if backing == Backing.HUGETLB else page
+        bench.call("operations.operate", int(op), first, 1024 if backing == Backing.HUGETLB else page + 1)
+        now = int(bench.m.host_page[0, page])
+        replaced[name] = bool(now & word.HOLE) or (now & FRAME) != frame
+        bench.v.pmbptr = bench.start + 4096
+        bench.write_records(1)
+        kept[name] = bench.tr.stage2_faults == 0
+        diverged[name] = bench.tr.diverged_records > 0
+    assert not diverged["none"]
+    assert not diverged["harmless"]
+    assert diverged["all but UNMAP"] == (kept["all but UNMAP"] and replaced["none"])
+    if not kept["none"]:
+        own = op in (HostOp.DIRTY_LOG, HostOp.MEMSLOT_DELETE, HostOp.MEMSLOT_READ_ONLY)
+        own = own or (backing == Backing.GUEST_MEMFD and op in (HostOp.PUNCH_HOLE, HostOp.TRUNCATE))
+        by_protection = op in (HostOp.MPROTECT, HostOp.MPROTECT_READ)  # the VMM wants it so
+        assert kept["harmless"] == (not replaced["none"] and not own and not by_protection and op not in ZAPS)
+
+
+ZAPS = (HostOp.DONTNEED, HostOp.REMOVE, HostOp.PUNCH_HOLE, HostOp.TRUNCATE)  # shared memory keeps the page: harmless
+
+
+def test_a_page_that_goes_while_the_spu_holds_it_diverges_at_once() -> None:
+    """The filter keeps the TLBI away too: records go on to the old page without a walk."""
+    bench = Bench(virtualized=True, notifier_filter=int(Notifier.CLEAR))
+    page = bench.buffer_page(0)
+    bench.m.host_page[0, page] += module("machine.hostpage").PIN_ONE
+    assert bench.write_records(2) == 2
+    walks = bench.tr.walks
+    bench.call("host.operate_on_page", int(HostOp.DONTNEED), page)
+    assert bench.write_records(3) == 3
+    assert bench.tr.walks == walks
+    assert bench.tr.diverged_records == 3
+    assert bench.tr.diverged_pages == 1

@@ -692,4 +692,10 @@ def test_numbers_are_fixed() -> None:
         "RELEASE": 5,
         "MIGRATE": 6,
         "EXCLUSIVE": 7,
+        "ZAP": 8,
+        "RMAP": 9,
+        "MERGE": 10,
+        "SPLIT": 11,
+        "COPY": 12,
+        "HINT": 13,
     }
