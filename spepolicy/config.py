@@ -51,6 +51,7 @@ from spepolicy.schema import (
     KvmSettings,
     OutputSettings,
     RandomOpSettings,
+    RecordedHostSettings,
     Root,
     TrackingSettings,
     settings_of,
@@ -161,12 +162,27 @@ def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:
         return ("Host: random operations; rates are assumptions or from recordings (conf/host says which).",)
     host = plain(cfg)["host"]
     recording: Any = scenario.host.recording
-    return (
+    notes = (
         f"Host: recording '{recording.scenario or host['path']}' of {recording.kernel or 'an unknown kernel'}, "
         f"{len(recording)} events in {recording.duration_us / 1e6:.1f} s, played at "
         f"{host['time_scale']:g} recording seconds per simulated second (host.time_scale, an assumption: order, counts "
         "and addresses are real, durations are those of an emulator).",
     )
+    from spepolicy.recording import shipped
+    from spepolicy.recording.placement import OUTSIDE
+
+    # What a shipped recording left out is told in its README.
+    told = {OUTSIDE} if host["path"] in shipped() else set(recording.ignored)
+    return (*notes, *_left_out({kind: n for kind, n in recording.ignored.items() if kind in told}))
+
+
+def _left_out(ignored: Mapping[str, int]) -> tuple[str, ...]:
+    """Say what of a trace did not become an event, by kind, most frequent first."""
+    kinds = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    if not kinds:
+        return ()
+    told = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    return (f"Host: lines of the trace that became no event, by kind: {told}.",)
 
 
 def plain(cfg: Any) -> Mapping[str, Any]:
@@ -333,10 +349,9 @@ def _host(values: Mapping[str, Any], guest: Guest) -> Host:
     known_keys(values, settings, "host")
     if kind == "silent":
         return Host(kind=HostKind.SILENT, **memory)
-    path = checked(value_at(values, "path", "host."), settings["path"], "host.path")
     scale = checked(value_at(values, "time_scale", "host."), settings["time_scale"], "host.time_scale")
     return Host(
-        kind=HostKind.RECORDED, recording=_recording(path, guest), time_scale_q16=round(scale * (1 << 16)), **memory
+        kind=HostKind.RECORDED, recording=_recording(values, guest), time_scale_q16=round(scale * (1 << 16)), **memory
     )
 
 
@@ -395,21 +410,54 @@ def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int
     return tuple(sorted(rows))
 
 
-def _recording(path: str, guest: Guest) -> Any:
+def _recording(values: Mapping[str, Any], guest: Guest) -> Any:
+    """Open and place what host.path names; the same settings give the same object."""
+    settings = settings_of(RecordedHostSettings)
+    defaults = {item.name: item.default for item in fields(RecordedHostSettings)}
+    names = ("placement", "offset", "recorded_base", "recorded_memory")
+    chosen = {name: checked(values.get(name, defaults[name]), settings[name], f"host.{name}") for name in names}
+    for name in ("offset", "recorded_base", "recorded_memory"):
+        chosen[name] //= PAGE_BYTES
+    unknown = values.get("unknown_op")
+    if unknown is not None and unknown not in RANDOM_OPS:
+        raise ConfigurationError(
+            f"host.unknown_op={unknown}: there is no such operation.{nearest(str(unknown), RANDOM_OPS)} "
+            f"Choose one of {', '.join(RANDOM_OPS)}."
+        )
+    path = checked(value_at(values, "path", "host."), settings["path"], "host.path")
     file = Path(path).expanduser()
-    recording = _opened(path if "/" not in path else str(file), file.stat().st_mtime_ns if file.exists() else 0)
-    if recording.ram_pages > guest.ram_pages:
+    recording = _opened(
+        path if "/" not in path else str(file), file.stat().st_mtime_ns if file.exists() else 0,
+        chosen["recorded_base"], chosen["recorded_memory"], unknown,
+    )  # fmt: skip
+    if chosen["placement"] == "same" and recording.ram_pages > guest.ram_pages:
         needed = 1 << (recording.ram_pages - 1).bit_length()
         raise ConfigurationError(
             f"host.path={path}: recorded from a guest of {format_size(recording.ram_pages * PAGE_BYTES)}, larger than "
-            f"this one. Set guest.memory={format_size(needed * PAGE_BYTES)} or more, or choose another host."
+            f"this one. Set guest.memory={format_size(needed * PAGE_BYTES)} or more, host.placement=scale or "
+            "host.placement=fold, or choose another host."
         )
-    return recording
+    if chosen["placement"] == "same" and chosen["offset"] == 0:
+        return recording
+    return _placed(recording, guest.ram_pages, chosen["placement"], chosen["offset"])
 
 
 @lru_cache(maxsize=16)
-def _opened(path: str, changed_ns: int) -> Any:
-    """Open a recording once, unless its file has changed since."""
+def _opened(path: str, changed_ns: int, base_page: int, pages: int, unknown_op: str | None) -> Any:
     from spepolicy.recording import open_recording
 
-    return open_recording(path)
+    default = RANDOM_OPS[unknown_op] if unknown_op else None
+    return open_recording(path, ram_base_gfn=base_page, ram_pages=pages, default_op=default)
+
+
+@lru_cache(maxsize=16)
+def _placed(recording: Any, ram_pages: int, placement: str, offset_pages: int) -> Any:
+    from spepolicy.recording.placement import place
+
+    placed = place(recording, ram_pages, placement, offset_pages)
+    if len(placed) == 0:
+        raise ConfigurationError(
+            f"host.offset={format_size(offset_pages * PAGE_BYTES)}: no event of the recording lies in the guest's "
+            f"memory, {format_size(ram_pages * PAGE_BYTES)}. Choose a smaller offset, or host.placement=fold."
+        )
+    return placed

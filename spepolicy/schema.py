@@ -340,6 +340,26 @@ class RecordedHostSettings(HostSettings):
         Setting("recording seconds per simulated second", Kind.NUMBER, 0.01, 10_000.0,
                 source="assumption: emulation is that much slower than hardware")
     )  # fmt: skip
+    placement: str = _field(
+        Setting("where recorded pages lie in the guest: at the 'same' place, all memory 'scale'd to the guest's, or "
+                "'fold'ed into it", Kind.CHOICE, choices=("same", "scale", "fold"),
+                source="spepolicy/recording/placement.py"), "same",
+    )  # fmt: skip
+    offset: str = _field(
+        Setting("moves every recorded page up by this", Kind.SIZE, "0B", "16GiB", multiple_of="4KiB", per=PAGE_BYTES,
+                source="spepolicy/recording/placement.py"), "0B",
+    )  # fmt: skip
+    recorded_base: str = _field(
+        Setting("IPA of the recorded guest's RAM, for a trace", Kind.SIZE, "0B", "512GiB", multiple_of="4KiB",
+                per=PAGE_BYTES, source="QEMU: 1GiB"), "1GiB",
+    )  # fmt: skip
+    recorded_memory: str = _field(
+        Setting("size of the recorded guest's RAM, for a trace", Kind.SIZE, "4KiB", "4TiB", multiple_of="4KiB",
+                per=PAGE_BYTES, source="the recorded VM"), "256MiB",
+    )  # fmt: skip
+    unknown_op: str | None = _text(
+        "operation of unmaps whose reason a trace does not show, such as reclaim; null: such a trace is refused", None
+    )
 
 
 @dataclass

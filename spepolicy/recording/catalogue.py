@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from spepolicy.errors import RecordingError
 from spepolicy.recording.compact import load
@@ -33,8 +34,9 @@ def shipped() -> dict[str, str]:
     return dict(_SHIPPED)
 
 
-def open_recording(name_or_path: str | Path) -> Recording:
-    """Open a shipped recording by name (`shipped()`), an .npz by `save`, or a trace that `read_log` reads.
+def open_recording(name_or_path: str | Path, **how: Any) -> Recording:
+    """Open a shipped recording by name (`shipped()`), an .npz by `save`, or a trace that `read_log` reads, *how* being
+    its keyword arguments.
 
     A string without a folder or suffix is a name. Raise RecordingError for a name that is not shipped, with the nearest
     ones, and for a file that cannot be read.
@@ -45,7 +47,7 @@ def open_recording(name_or_path: str | Path) -> Recording:
     if path.suffix == ".npz":
         return load(path)
     if path.suffix or len(path.parts) > 1 or path.exists():
-        return read_log(path)
+        return read_log(path, **how)
     near = difflib.get_close_matches(str(name_or_path), _SHIPPED, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     raise RecordingError(

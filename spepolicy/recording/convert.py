@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spepolicy.recording.convert",
-        description="Turn the kernel trace of a KVM/arm64 host (ftrace or `trace-cmd report` text, plain or .gz) into "
-        "a compact recording that replays.",
+        description="Turn the kernel trace of a KVM/arm64 host (ftrace, `trace-cmd report` or `perf script` text, "
+        "plain or .gz) into a compact recording that replays.",
     )
     parser.add_argument("log", metavar="LOG", type=Path, help="the trace")
     parser.add_argument("out", metavar="OUT.npz", type=Path, help="the recording to write (replaced if it exists)")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spepolicy.machine.hostops import HostOp
 from spepolicy.recording.classify import Classifier, Task, Undecided
-from spepolicy.recording.lines import EVENT, LOST, damaged, fields
+from spepolicy.recording.lines import LOST, damaged, fields, parse
 from spepolicy.recording.model import NO_NOTIFIER
 
 __all__ = ["Log"]
@@ -31,7 +31,7 @@ class Log:
         self.ignored: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.tasks: dict[str, Task] = {}
-        self.number = 0
+        self.number, self.name = 0, ""
         self.time = self.start = 0  # of the last line and of the recording's start: microseconds on the trace's clock
         self.scenario, self.ended = "", False
         self.strange: tuple[int, str] | None = None  # the first line that is no event
@@ -76,12 +76,12 @@ class Log:
 
     def line(self, number: int, line: str) -> None:
         """Take one line of the log."""
-        match = EVENT.match(line)
-        if match is None:
+        event = parse(line)
+        if event is None:
             self._no_event(number, line)
             return
-        comm, pid, seconds, fraction, name, colon, text = match.groups()
-        self.match = match
+        comm, pid, seconds, fraction, name, colon, text = event
+        self.name = name
         if not colon:
             self.ignored["function"] += 1
             return
@@ -113,10 +113,10 @@ class Log:
         if self.strange is None and line.strip() and not line.startswith(("#", "cpus=")):
             self.strange = (number, line.strip()[:80])
         if lost:
-            self.ignored["(events lost by the trace buffer)"] += int(lost["ftrace"] or lost["tracecmd"] or 1)
-        elif any(f" {name}:" in line for name in self.handlers):
+            self.ignored["(events lost by the trace buffer)"] += int(next(filter(None, lost.groups()), 1))
+        elif any(f" {name}:" in line or f":{name}:" in line for name in self.handlers):
             problem = f"no time stamp or task in {line.strip()[:80]!r}"
-            remedy = "Keep the trace as the kernel or trace-cmd wrote it, with trace_clock 'local', 'global' or 'mono'."
+            remedy = "Keep the trace as the kernel or the tool wrote it, with trace_clock 'local', 'global' or 'mono'."
             raise damaged(self.path, number, problem, "'TASK-PID [CPU] SECONDS.MICROS: event: ...'", remedy)
         counts = re.search(r"entries-in-buffer/entries-written: (\d+)/(\d+)", line)
         if counts and counts[1] != counts[2]:
@@ -126,7 +126,7 @@ class Log:
     def _fields(self, text: str, *names: str) -> list[int]:
         values = fields(text, names)
         if values is None:
-            problem = f"malformed {self.match['name']}: {text.strip()[:80]!r}"
+            problem = f"malformed {self.name}: {text.strip()[:80]!r}"
             expected = " ".join(f"{name}=0x..." for name in names)
             remedy = "Was the line cut, or the kprobe defined otherwise?"
             raise damaged(self.path, self.number, problem, expected, remedy)
@@ -134,7 +134,7 @@ class Log:
 
     def _pages(self, first: int, end: int) -> tuple[int, int] | None:
         """Return guest frames first..end as pages of guest RAM, None (and counted) if there are none."""
-        name = self.match["name"]
+        name = self.name
         if end <= first:
             problem = f"malformed {name}: the range from {first:#x} to {end:#x} is empty"
             raise damaged(self.path, self.number, problem, "an end above the start", "Was the line cut?")
@@ -150,7 +150,7 @@ class Log:
 
     def _add(self, pages: tuple[int, int], op: HostOp, write: bool = False) -> None:
         self.rows.append((self.time, *pages, op, NO_NOTIFIER, write))
-        self.classifier.evidence[self.match["name"]] += 1
+        self.classifier.evidence[self.name] += 1
 
     # -- unmaps --------------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class Log:
             self._add(pages, HostOp.AGE)
 
     def _s2_age(self, task: Task, text: str) -> None:
-        name = self.match["name"]
+        name = self.name
         if name == "s2_mkold":
             (addr,), size, old = self._fields(text, "addr"), 1 << PAGE_SHIFT, 1
         else:
@@ -312,7 +312,7 @@ class Log:
         self.classifier.collapsed(task)
 
     def _bracket(self, task: Task, text: str) -> None:
-        name = self.match["name"]
+        name = self.name
         self.ignored[f"{name} (context)"] += 1
         if "compaction" in name:
             task.compacting = name.endswith("begin")

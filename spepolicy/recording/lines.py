@@ -1,11 +1,15 @@
-"""Lines of a kernel trace: what `cat /sys/kernel/tracing/trace` and `trace-cmd report` print, plain or gzipped.
+"""Lines of a kernel trace: what `cat /sys/kernel/tracing/trace`, `trace-cmd report` and `perf script` print, plain or
+gzipped.
 
-Both print one event a line, with the same fields before the event's own text:
+All print one event a line, with the same fields before the event's own text:
 
     ftrace      lvmm-252  [001] d....   217.738501: unmap_gfn: (kvm_unmap_gfn_range+0x0/0x50) start=0x41ca8 end=0x41ca9
     trace-cmd   lvmm-256  [001]   162.503818: unmap_gfn:            (fffface8d185f7e0) start=0x40000 end=0x4f800
+    perf           lvmm   256 [001]   162.503818: kp:unmap_gfn: (fffface8d185f7e0) start=0x40000 end=0x4f800
 
-The function tracer's lines have no event name: `callee <-caller` (ftrace), `function: callee <-- caller` (trace-cmd).
+perf names an event with its group, puts blanks between task and number, and a thread's number behind a slash if it was
+asked for both. The function tracer's lines have no event name: `callee <-caller` (ftrace), `function: callee <--
+caller` (trace-cmd).
 """
 
 from __future__ import annotations
@@ -16,24 +20,51 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from spepolicy.errors import RecordingError
 
-__all__ = ["EVENT", "LOST", "damaged", "fields", "numbered_lines"]
+__all__ = ["LOST", "Line", "damaged", "fields", "numbered_lines", "parse"]
+
+
+class Line(NamedTuple):
+    """One event: who, when, which, and its text. `colon` is empty for a line of the function tracer."""
+
+    comm: str
+    task: str  # number of the thread
+    seconds: str
+    fraction: str  # of a second: six to nine digits
+    name: str
+    colon: str
+    text: str
+
 
 # The comm is at most 15 characters, of any kind (QEMU: "CPU 0/KVM"); "(tgid)" and the flags column are optional.
-EVENT = re.compile(
+_EVENT = re.compile(
     r"\s*(?P<comm>.{1,16}?)-(?P<pid>\d+)\s+(?:\(\s*[\d-]+\)\s+)?\[\d+\]\s+(?:[^\s:]{4,6}\s+)?"
     r"(?P<seconds>\d+)\.(?P<fraction>\d{6,9}):\s+(?P<name>[^\s:]+)(?P<colon>:?)\s*(?P<text>.*)"
 )
-LOST = re.compile(r"CPU:?\s*\d+\s+\[(?:LOST (?P<ftrace>\d+) EVENTS|(?P<tracecmd>\d+) EVENTS DROPPED|EVENTS DROPPED)\]")
+_PERF = re.compile(
+    r"\s*(?P<comm>\S(?:.{0,15}?\S)?)\s+(?:\d+/)?(?P<pid>\d+)\s+\[\d+\]\s+(?P<seconds>\d+)\.(?P<fraction>\d{6,9}):\s+"
+    r"(?:\d+\s+)?[\w-]+:(?P<name>[\w-]+)(?P<colon>:)\s*(?P<text>.*)"
+)
+LOST = re.compile(
+    r"CPU:?\s*\d+\s+\[(?:LOST (?P<ftrace>\d+) EVENTS|(?P<tracecmd>\d+) EVENTS DROPPED|EVENTS DROPPED)\]"
+    r"|PERF_RECORD_LOST\w*\s+lost\s+(?P<perf>\d+)"
+)
 
 _FIELD = re.compile(r"(?<!\S)(\w+)=(0x[0-9a-f]+|\d+)\b")
 _BINARY = {
     b"\x17\x08\x44tracing": "a binary trace.dat of trace-cmd. Turn it into text: trace-cmd report -i FILE > LOG",
-    b"PERFILE2": "a perf.data file. Record the kernel's trace with trace-cmd or through /sys/kernel/tracing instead",
+    b"PERFILE2": "a perf.data file. Turn it into text: perf script -i FILE > LOG",
     b"PK\x03\x04": "a zip archive. A compact recording must end in .npz",
 }
+
+
+def parse(line: str) -> Line | None:
+    """Return what is in a line of any of the three forms, None if it is no event."""
+    match = _EVENT.match(line) or _PERF.match(line)
+    return Line(*match.groups()) if match else None
 
 
 def damaged(path: Path, line: int, problem: str, expected: str, remedy: str) -> RecordingError:
@@ -72,7 +103,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:
-    expected = "kernel trace text (ftrace or trace-cmd report)"
+    expected = "kernel trace text (ftrace, trace-cmd report or perf script)"
     if not head:
         remedy = "Was tracing on, and was the buffer copied before it was cleared?"
         raise damaged(path, 0, "the file is empty", expected, remedy)

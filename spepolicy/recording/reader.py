@@ -55,7 +55,7 @@ def read_log(
     default_op: HostOp | None = None,
     kernel: str = "",
 ) -> Recording:
-    """Read a kernel trace as text (`/sys/kernel/tracing/trace` or `trace-cmd report`), plain or gzipped.
+    """Read a kernel trace as text (`/sys/kernel/tracing/trace`, `trace-cmd report`, `perf script`), plain or gzipped.
 
     *ram_base_gfn* is the guest frame number (4 KiB) at which guest RAM begins, *ram_pages* its size in pages; what
     happens to other guest memory is counted and left out. *default_op* is the operation of unmaps whose reason the
@@ -106,7 +106,7 @@ def _recording(log: Log, kernel: str) -> Recording:
 
 def _check_kinds(log: Log) -> None:
     """Raise RecordingError if *log* cannot tell what happened to the guest's memory."""
-    remedy = "Record kvm:* and the kprobes that spepolicy.recording.reader lists, as ftrace or `trace-cmd report` text."
+    remedy = "Record kvm:* and the kprobes that spepolicy.recording.reader lists, as text of ftrace, trace-cmd or perf."
     if not any(name in log.handlers or name.startswith("kvm_") for name in log.seen):
         line, text = log.strange or (0, "")
         common = ", ".join(name for name, _ in log.seen.most_common(5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from spepolicy.config import host_notes, to_options, to_scenario
 from spepolicy.errors import ConfigurationError, RecordingError
-from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import Costs, Cpu, Guest, HostKind, IrqDelivery, Kvm, OpType, SessionMode
 from spepolicy.schema import CostSettings, CpuSettings, FilterSettings, GuestSettings, KvmSettings, settings_of
 
@@ -250,6 +251,39 @@ class TestHost:
     def test_every_operation_can_be_given_a_rate(self, composed: Composed) -> None:
         names = set(composed("host=random")["host"]["ops"])
         assert names == {op.name.lower() for op in HostOp if op is not HostOp.NONE}
+
+    def test_memory_is_what_the_host_says(self, composed: Composed) -> None:
+        host = to_scenario(composed("host.kernel=6.12", "host.backing=thp", "host.mlock=true")).host
+        assert (host.kernel, host.backing, host.locked) == (Kernel.V6_12, Backing.THP, True)
+        with pytest.raises(ConfigurationError, match=r"6\.1 has no guest_memfd"):
+            to_scenario(composed("host=numa", "host.backing=guest_memfd"))
+        with pytest.raises(ConfigurationError, match=r"host\.backing=tph: must be one of"):
+            to_scenario(composed("host=silent", "host.backing=tph"))
+
+    def test_a_recording_is_placed(self, composed: Composed) -> None:
+        """Into a smaller guest only if the user says how; the same settings give the same object, as batches need."""
+        with pytest.raises(ConfigurationError, match=r"host.placement=scale"):
+            to_scenario(composed("host.path=compact", "guest.memory=64MiB"))
+        small = [
+            to_scenario(composed("host.path=compact", "guest.memory=64MiB", f"host.placement={how}")).host.recording
+            for how in ("scale", "fold", "fold")
+        ]
+        assert small[1] is small[2]
+        assert all(recording.ram_pages == 16384 for recording in small)
+        with pytest.raises(ConfigurationError, match="no event of the recording lies in the guest"):
+            to_scenario(composed("host.path=compact", "host.offset=4GiB"))
+        with pytest.raises(ConfigurationError, match="Did you mean 'reclaim'"):
+            to_scenario(composed("host.unknown_op=reclame"))
+
+    def test_a_trace_s_notes_count_what_became_no_event(self, composed: Composed, tmp_path: Path) -> None:
+        trace = tmp_path / "host.trace"
+        trace.write_text(
+            "   lvmm   256 [001]     1.000000: kvm:kvm_entry: PC: 0x0\n"
+            "   lvmm   256 [001]     1.000100: kp:s2_map: (0) addr=0x40000000 size=0x1000 phys=0x1 prot=0x6\n"
+        )
+        config = composed(f"host.path={trace}")
+        notes = host_notes(config, to_scenario(config))
+        assert "1 kvm_entry (context)" in notes[-1]
 
     def test_a_recording_is_opened_by_name(self, composed: Composed) -> None:
         host = to_scenario(composed("host.path=ksm")).host

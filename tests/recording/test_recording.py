@@ -289,6 +289,54 @@ WANTED = [  # time, first, end, op, notifier, write, repointed
 ]
 
 
+def as_perf(text: str) -> str:
+    """The same lines as `perf script` prints them: the event's group in front, no function tracer, no marks."""
+    lines = []
+    for line in text.splitlines():
+        found = re.match(r"\s*(.+?)-(\d+)\s+(?:\(\s*\d+\)\s+)?(\[\d+\])\s\S+\s+(\d+\.\d+):\s+(\w+): ?(.*)", line)
+        if found and found[5] != "tracing_mark_write":
+            group = "kvm" if found[5].startswith("kvm_") else "kp"
+            lines.append(
+                f"{found[1]:>16}  {found[2]:>5} {found[3]} {found[4]:>12}: {group + ':' + found[5]:>28}: {found[6]}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_perf_script_says_the_same(tmp_path: Path, threads: bool) -> None:
+    """All but the marks; whether perf printed a thread's number alone or behind that of its process."""
+    lines = FTRACE.splitlines(keepends=True)
+    inside = "".join(
+        line for line in lines if 217.1 <= float((re.search(r" (\d+\.\d+):", line) or ["", "0"])[1]) < 217.6
+    )
+    text = as_perf(inside)
+    if threads:
+        text = re.sub(r"  +(\d+) \[", r"  99/\1 [", text)
+    (tmp_path / "ftrace").write_text(re.sub(r".*tracing_mark_write.*\n", "", inside))
+    (tmp_path / "perf").write_text("# captured on: today\n" + text)
+    one, other = read_log(tmp_path / "ftrace"), read_log(tmp_path / "perf")
+    assert len(one) == len(WANTED)
+    for name in ARRAYS:
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert other.ignored.pop("comment") == 1
+    one.ignored.pop("function")
+    assert one.ignored == other.ignored
+
+
+def test_lost_and_cut_lines_of_perf_are_told(tmp_path: Path) -> None:
+    good = as_perf(FTRACE)
+    (tmp_path / "lost").write_text(good + "   perf  5 [001] 217.9: PERF_RECORD_LOST lost 7\n")
+    assert read_log(tmp_path / "lost").ignored["(events lost by the trace buffer)"] == 7
+    cut = good.replace("addr=0x40010000 size=0x2000", "addr=0x4001", 1)
+    line = next(n for n, text in enumerate(cut.splitlines(), 1) if text.endswith("0x4 prot=0x4") and "size" not in text)
+    (tmp_path / "cut").write_text(cut)
+    with pytest.raises(RecordingError, match=f"cut:{line}: malformed s2_map"):
+        read_log(tmp_path / "cut")
+    (tmp_path / "stamp").write_text("   ksmd  36  kp:unmap_gfn: (f+0x0) start=0x40003 end=0x40004\n")
+    with pytest.raises(RecordingError, match="stamp:1: no time stamp or task"):
+        read_log(tmp_path / "stamp")
+
+
 def as_report(text: str) -> str:
     """The same lines as `trace-cmd report` prints them."""
     text = re.sub(r"\[(\d+)\] [.d]{5}", r"[\1]", re.sub(r"^#.*\n", "", text, flags=re.M))
