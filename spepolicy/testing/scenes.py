@@ -115,7 +115,7 @@ SCENES: dict[str, Scenario] = {
         kvm=QUIET,
         cpu=Cpu(max_record_bytes=64, align_bytes=4),
         guest=guest(**(_ROOMY | {"ram_pages": 64})),
-        host=busy_host(HostOp.MPROTECT, interval_ps=10 * US, pages=1),
+        host=busy_host(HostOp.NUMA_SCAN, interval_ps=10 * US, pages=1),
     ),
     # {E0SPE, E1SPE} = {1, 0}: profiling becomes enabled by an ERET.
     "EL0 only": scenario(kvm=QUIET, guest=guest(**(_ROOMY | {"profile_kernel": False})), duration_ps=2 * MS),
