@@ -56,7 +56,10 @@ class Bench(Lane):
         whole = Guest(**(plain | (guest or {})))
         super().__init__(
             Scenario(
-                workload=workload or one_kind(), cpu=cpu, guest=whole, migration=migration or Migration(),
+                workload=workload or one_kind(),
+                cpu=cpu,
+                guest=whole,
+                migration=migration or Migration(),
                 host=host or Host(),
             ),  # fmt: skip
             virtualized=virtualized,
