@@ -61,7 +61,7 @@ class Bench(Lane):
                 guest=whole,
                 migration=migration or Migration(),
                 host=host or Host(),
-            ),  # fmt: skip
+            ),
             virtualized=virtualized,
             **behaviour,
         )
