@@ -9,6 +9,7 @@ its result.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -96,14 +97,41 @@ class Result:
     samples: int
     seconds: float
     memory: dict[str, int]
+    # CPU time of the worker threads, all lanes: everything, of it in hooks, and of that in the toolbox's compiled code
+    busy_s: float = 0.0
+    hook_s: float = 0.0
+    tool_s: float = 0.0
 
 
+def _timed(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """Let *tool*, a method of `_Kit`, add its CPU time to `spent_s`."""
+
+    @functools.wraps(tool)
+    def timed(self: _Kit, *arguments: Any) -> Any:
+        begin = time.thread_time()
+        try:
+            return tool(self, *arguments)
+        finally:
+            self.spent_s += time.thread_time() - begin
+
+    return timed
+
+
+def _time_tools(cls: type) -> type:
+    for name, member in list(vars(cls).items()):
+        if not name.startswith("_"):
+            setattr(cls, name, _timed(member))
+    return cls
+
+
+@_time_tools
 class _Kit:
     """The tools of `spepolicy.batch`, bound to the machine for the time of one hook."""
 
     def __init__(self, m: Machine, handle: Any) -> None:
         self._machine = m
         self._m = handle
+        self.spent_s = 0.0
 
     def register(self, name: str, lanes: Ints, vcpus: Ints) -> NDArray[np.uint64]:
         if len(lanes) and self._machine.par["own_buffer"][lanes[0]]:  # of the policy: the same in all lanes
@@ -259,9 +287,11 @@ class _Chunk:
         state = getattr(run.policy, "State", np.dtype([]))
         self.rows = np.zeros((first, pieces[0].scenario.guest.vcpus), dtype=state)
         self.windows: list[NDArray[np.void]] = []
+        self.busy_s = self.hook_s = self.tool_s = 0.0  # CPU time: see Result
 
     def execute(self) -> None:
         """Run all lanes to their end, or until the run is being stopped."""
+        begin = time.thread_time()
         waiting = self.lanes
         start_lanes(self.handle, waiting)
         while len(waiting) and not self.run.stopping:
@@ -269,6 +299,7 @@ class _Chunk:
             waiting = self.answer(waiting)
         self.collect_windows(self.lanes)
         toolbox.release_all(self.handle, self.lanes)
+        self.busy_s = time.thread_time() - begin
 
     def collect_windows(self, lanes: Ints) -> None:
         """Move the window logs of *lanes* out of the machine."""
@@ -296,20 +327,24 @@ class _Chunk:
 
     def call(self, hook: Hook, lanes: Ints) -> None:
         """Call one hook for one batch, and see that the contract was kept."""
-        call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
+        begin = time.thread_time()
+        self.tool_s += call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
+        self.hook_s += time.thread_time() - begin
 
 
 def call_hook(
     manager: Any, policy: str, m: Machine, handle: Any, rows: NDArray[np.void], hook: Hook, lanes: Ints
-) -> None:
+) -> float:
     """Call *hook* of the policy in *manager* once for *lanes* of *m*, which wait for it, and see that the contract was
-    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`.
+    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`. Return the CPU time of the tools
+    that it used, in s.
 
     Raises HookError if the policy failed, or left a fault without an answer.
     """
     name = _HOOK_NAMES[hook]
     vcpus = m.vm["hook_vcpu"][lanes]
-    with tools(_Kit(m, handle)) as ticket:
+    kit = _Kit(m, handle)
+    with tools(kit) as ticket:
         try:
             caller = getattr(manager.hook, name)
             if hook in _VM_HOOKS:
@@ -347,6 +382,7 @@ def call_hook(
                 "Remedy: call faults.resume() or faults.inject(...)."
             )
         toolbox.score_claims(handle, lanes, vcpus)
+    return kit.spent_s
 
 
 class Runner:
@@ -433,6 +469,7 @@ def _results(chunk: _Chunk, seconds: float) -> list[Result]:
     first = 0
     for piece in chunk.pieces:
         end = first + len(piece.replicates)
+        part = len(piece.replicates) / len(chunk.lanes)
         kept = {name: getattr(m, name)[first:end].copy() for name in _KEPT}
         begin_row, end_row = np.searchsorted(windows["lane"], (first, end))
         mine = windows[begin_row:end_row].copy()
@@ -446,8 +483,11 @@ def _results(chunk: _Chunk, seconds: float) -> list[Result]:
                 finished=kept["vm"]["finished"] != 0,
                 host_elapsed_ps=(kept["vcpu"]["now_ps"] + kept["vcpu"]["host_ps"]).max(axis=1),
                 samples=int(kept["truth"]["selected"].sum()),
-                seconds=seconds * len(piece.replicates) / len(chunk.lanes),
+                seconds=seconds * part,
                 memory=run.memory,
+                busy_s=chunk.busy_s * part,
+                hook_s=chunk.hook_s * part,
+                tool_s=chunk.tool_s * part,
                 **kept,
             )
         )
@@ -607,6 +647,9 @@ def _joined(parts: Sequence[Result], seconds: float) -> Result:
         windows=np.concatenate(windows),
         samples=sum(part.samples for part in parts),
         seconds=seconds,
+        busy_s=sum(part.busy_s for part in parts),
+        hook_s=sum(part.hook_s for part in parts),
+        tool_s=sum(part.tool_s for part in parts),
         **arrays,
     )
 
