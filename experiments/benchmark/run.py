@@ -25,12 +25,14 @@ from spepolicy.drivers.simulate import Result, compile_machine, simulate
 from spepolicy.errors import ConfigurationError, SpePolicyError
 from spepolicy.machine.scenario import Scenario
 from spepolicy.messages import explain
+from spepolicy.platforms import reason_not_to_run
 from spepolicy.plugins import build_policy, installed_policies
 from spepolicy.units import parse_duration
 
 MIN_SAMPLES_PER_S = 40e6
 MIN_RATIO = 50
 MAX_OTHER_BYTES = 64 * 1024
+MAX_HOOK_SHARE = 0.10
 MAX_FIRST_RUN_S = 60
 MAX_LATER_RUN_S = 5
 MAIN_JOB = ("-m", "spepolicy", "+policy=eager_pin")
@@ -71,10 +73,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _sections(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     names = [name for name in options.policies.split(",") if name] or list(installed_policies())
-    policies = {name: build_policy(name, {}) for name in names}
     duration_ps = parse_duration(options.duration, "--duration")
     scenario = replace(_scenario(options.overrides), duration_ps=duration_ps)
-    sections = [lambda: _simulation(scenario, policies, options)]
+    policies, refused = {}, []
+    for name in names:
+        policy = build_policy(name, {})
+        reason = reason_not_to_run(policy, name, scenario)
+        if reason is None:
+            policies[name] = policy
+        else:
+            refused.append(Row(f"{name}: cannot run", reason))
+    sections = [lambda: _simulation(scenario, policies, options), lambda: refused]
     if options.cold:
         sections.append(lambda: _main_job(options.repeats))
     return sections
@@ -133,11 +142,18 @@ def _policy_rows(name: str, results: list[Result], scenario: Scenario) -> list[R
     vm_rate = statistics.median(lanes * scenario.duration_ps / 1e12 / result.seconds for result in results)
     tables, other = results[0].memory["page_tables"], results[0].memory["other"]
     selected = int(np.sum(results[0].truth["selected"]))
+    if selected == 0:
+        return [Row(f"{name}: VM-seconds/s", f"{vm_rate:.1f}"), Row(f"{name}: samples", "none, by design")]
+    tool = statistics.median(result.tool_s / result.busy_s for result in results)
+    hook = statistics.median((result.hook_s - result.tool_s) / result.busy_s for result in results)
+    few = f"<= {100 * MAX_HOOK_SHARE:.0f} %"
     fast, small = f">= {MIN_SAMPLES_PER_S / 1e6:.0f} M", f"<= {MAX_OTHER_BYTES // 1024}"
     return [
         Row(f"{name}: samples/s", f"{rate / 1e6:.1f} M", fast, rate >= MIN_SAMPLES_PER_S),
         Row(f"{name}: VM-seconds/s", f"{vm_rate:.1f}"),
         Row(f"{name}: samples simulated, each run", f"{selected:,}"),
+        Row(f"{name}: hooks, policy's code", f"{100 * hook:.1f} %", few, hook <= MAX_HOOK_SHARE),
+        Row(f"{name}: hooks, KVM's tools", f"{100 * tool:.1f} %"),
         Row(f"{name}: page tables, KiB a lane", f"{tables / 1024:.1f}"),
         Row(f"{name}: all else, KiB a lane", f"{other / 1024:.1f}", small, other <= MAX_OTHER_BYTES),
     ]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from spepolicy.arch.registers import PMBLIMITR_E, PMBLIMITR_LIMIT, PMBSR_COLL
 from spepolicy.jit import entry, jit
-from spepolicy.machine.host import DEFERRED, NOTIFIED, invalidate_tlb, resident
+from spepolicy.machine.host import DEFERRED, DIRTY, NOTIFIED, invalidate_tlb, resident
 from spepolicy.machine.linux_spe import settle_records
 from spepolicy.machine.pagetables import unmap_ipa, va_leaf
 from spepolicy.machine.rows import host_page, params, pool, truth_row, vcpu_row, vm_row
@@ -92,6 +92,8 @@ def _copy_pages(m: Machine, i: int, k: int, count: int, deferred: int) -> tuple[
         paid = resident(m, i, page, 1)
         if paid < 0:
             return COPY_NO_PAGE, cost
+        if vm_row(m, i).dirty_logging != 0:
+            host_page(m, i)[page] |= DIRTY  # kvm_write_guest() marks what it writes, unlike the SPU
         size = min(va + 4096, v.shadow_ptr + count) - max(va, v.shadow_ptr)
         cost += paid + ((size * par.copy_out_page_ps) >> 12)
     return COPY_ROOM, cost

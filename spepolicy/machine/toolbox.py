@@ -247,7 +247,12 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
             middle = ipa_middle(m, i, ipa)
         # A resident page that stage 2 maps writable already needs the pin only; that is nearly every page.
         resident = word & (PRESENT | SHARED | HOLE | READ_ONLY_VMA) == PRESENT
-        if not resident or movable != 0 or middle < 0 or not _maps(leaf_descriptor(tables, middle, ipa), word & FRAME):
+        if (
+            not resident
+            or movable != 0
+            or middle < 0
+            or not maps_writable(leaf_descriptor(tables, middle, ipa), word & FRAME)
+        ):
             paid = pin_page(m, i, page)
             if paid < 0:
                 return n, cost
@@ -259,7 +264,7 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
 
 
 @jit
-def _maps(descriptor: int, frame: int) -> bool:
+def maps_writable(descriptor: int, frame: int) -> bool:
     """Tell whether a stage 2 leaf is what map_page would write for a writable mapping of *frame*."""
     return descriptor == (frame << 12) | S2_LEAF | S2_WRITE
 

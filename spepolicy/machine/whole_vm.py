@@ -8,14 +8,29 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import entry, jit
-from spepolicy.machine.host import LOCKED, PIN_MASK, SKIPPED, map_page, resident
-from spepolicy.machine.rows import host_page, params, vcpu_row, vm_row
+from spepolicy.jit import entry, jit, widen
+from spepolicy.machine.host import (
+    FRAME,
+    HOLE,
+    LOCKED,
+    PIN_MASK,
+    PRESENT,
+    SHARED,
+    SKIPPED,
+    map_page,
+    resident,
+)
+from spepolicy.machine.hostpage import READ_ONLY_VMA
+from spepolicy.machine.pagetables import ipa_middle
+from spepolicy.machine.rows import host_page, params, pool, vcpu_row, vm_row
 from spepolicy.machine.state import Machine
-from spepolicy.machine.toolbox import PIN_NO_PAGE, PIN_OVER_LIMIT, account_pins, pin_pages
+from spepolicy.machine.toolbox import PIN_NO_PAGE, PIN_OVER_LIMIT, account_pins, maps_writable, pin_pages
 from spepolicy.machine.trace import PINNED, UNPINNED, ZERO, log
+from spepolicy.mmu.tables import leaf_descriptor
 
 Ints = NDArray[np.int64]
+
+_USABLE = PRESENT | SHARED | HOLE | READ_ONLY_VMA  # a page that can be written as it is has PRESENT of these
 
 
 @jit
@@ -83,13 +98,15 @@ def mlock_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
             vm.pin_refused += par.ram_pages
             result[n] = PIN_OVER_LIMIT
             continue
+        words = host_page(m, i)
         for page in range(par.ram_pages):
-            cost = resident(m, i, page, 1)
-            if cost < 0:
-                result[n] = PIN_NO_PAGE
-                break
-            _charge_vm(m, i, cost)
-            host_page(m, i)[page] = host_page(m, i)[page] | LOCKED
+            if words[page] & _USABLE != PRESENT:
+                cost = resident(m, i, page, 1)
+                if cost < 0:
+                    result[n] = PIN_NO_PAGE
+                    break
+                _charge_vm(m, i, cost)
+            words[page] |= LOCKED
             vm.locked_pages += 1
     return result
 
@@ -103,7 +120,18 @@ def map_all(m: Machine, lanes: Ints) -> Ints:
         vm = vm_row(m, i)
         par = params(m, i)
         before = vm.stage2_maps
+        words = host_page(m, i)
+        middle, region = widen(-1), widen(-1)
         for page in range(par.ram_pages):
+            ipa = (par.ram_page0 + page) << 12
+            if ipa >> 30 != region or middle < 0:
+                region = ipa >> 30
+                middle = ipa_middle(m, i, ipa)
+            # Nearly every page is resident, and mapped because the guest has touched it.
+            leaf = leaf_descriptor(pool(m, i), middle, ipa) if middle >= 0 else 0
+            if words[page] & _USABLE == PRESENT and maps_writable(leaf, words[page] & FRAME):
+                continue
+            middle = widen(-1)
             cost = map_page(m, i, page, 1)
             if cost < 0:
                 result[n] = PIN_NO_PAGE

@@ -35,11 +35,11 @@ def test_table_has_every_figure(benchmark: ModuleType, capsys: pytest.CaptureFix
     rows = {line.rsplit(maxsplit=3)[0]: line for line in lines if line.endswith(("-", "pass", "FAIL"))}
     for name in ("bare_metal", "eager_pin"):
         figures = [figure for figure in rows if figure.startswith(f"{name}:")]
-        for part in ("samples/s", "VM-seconds/s", "page tables", "all else"):
+        for part in ("samples/s", "VM-seconds/s", "page tables", "all else", "policy's code", "KVM's tools"):
             assert any(part in figure for figure in figures), (name, part)
     assert any("SimPy" in figure for figure in rows)
     judged = [line for line in rows.values() if not line.endswith("-")]
-    assert len(judged) == 2 + 2 + 1  # speed and memory of each policy, and the ratio
+    assert len(judged) == 3 + 3 + 1  # speed, memory and hooks of each policy, and the ratio
     assert status == (1 if any(line.endswith("FAIL") for line in judged) else 0)
     assert any(line.startswith("Load average") for line in lines)
 
