@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from spepolicy.arch.registers import REGISTERS
+from spepolicy.arch.versions import VERSIONS, AbortReport, Feature, features_of
 from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
 from spepolicy.errors import ConfigurationError, nearest
 from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, parse_lanes
@@ -24,6 +26,7 @@ from spepolicy.machine.scenario import (
     Bug,
     Costs,
     Cpu,
+    ExternalAbort,
     Guest,
     Handling,
     Host,
@@ -38,8 +41,8 @@ from spepolicy.machine.scenario import (
     Workload,
 )
 from spepolicy.schema import (
+    DATA_SOURCES,
     EVENT_BITS,
-    EVENT_SINCE,
     HOST_KINDS,
     MIGRATION_KINDS,
     ActSettings,
@@ -224,7 +227,16 @@ def _built_workload(described: _Described, cycle_ps: int) -> Workload:
 
 
 def _cpu(values: Mapping[str, Any]) -> Cpu:
-    cpu = Cpu(**checked_fields(values, CpuSettings, "cpu"))
+    chosen = checked_fields(values, CpuSettings, "cpu")
+    slip = checked(value_at(values, "store_slip", "cpu."), settings_of(CpuSettings)["store_slip"], "cpu.store_slip")
+    chosen["features"] = tuple(checked(value_at(values, "features", "cpu."), settings_of(CpuSettings)["features"],
+                                       "cpu.features"))  # fmt: skip
+    if chosen["external_abort"] == "by_version":
+        reported = AbortReport.TO_SPU in VERSIONS[chosen["spe_version"]].aborts
+        chosen["external_abort"] = "synchronous" if reported else "serror"
+    chosen["external_abort"] = ExternalAbort[chosen["external_abort"].upper()]
+    cpu = Cpu(**chosen, store_slip_q16=round(slip * (1 << 16)))
+    _check_version(cpu)
     if cpu.align_bytes > cpu.max_record_bytes:
         raise ConfigurationError(
             f"cpu.align={values['align']}: larger than cpu.max_record={values['max_record']}. A record is a multiple "
@@ -244,12 +256,43 @@ def _cpu(values: Mapping[str, Any]) -> Cpu:
     return cpu
 
 
+_ABORT_REPORT = {
+    ExternalAbort.IGNORED: AbortReport.IGNORED,
+    ExternalAbort.SERROR: AbortReport.SERROR,
+    ExternalAbort.MMU_FAULT: AbortReport.MMU_FAULT,
+    ExternalAbort.SYNCHRONOUS: AbortReport.TO_SPU,
+    ExternalAbort.ASYNCHRONOUS: AbortReport.TO_SPU,
+}
+
+
+def _check_version(cpu: Cpu) -> None:
+    """See that the SPE version permits what the implementation is said to do."""
+    version = VERSIONS[cpu.spe_version]
+    features_of(cpu.spe_version, cpu.features)
+    if _ABORT_REPORT[cpu.external_abort] not in version.aborts:
+        allowed = [way.name.lower() for way, report in _ABORT_REPORT.items() if report in version.aborts]
+        raise ConfigurationError(
+            f"cpu.external_abort={cpu.external_abort.name.lower()}: {version.name} does not report external aborts to "
+            f"the SPU (spe.md rule 42). Set one of {', '.join(allowed)}, or cpu.spe_version=3 or less."
+        )
+    if cpu.late_fault_samples and not version.late_faults:
+        raise ConfigurationError(
+            f"cpu.late_fault_samples={cpu.late_fault_samples}: before SPEv1p5 a fault stops the SPU before it takes "
+            f"another sample (spe.md rule 40). Set cpu.late_fault_samples=0 or cpu.spe_version=6."
+        )
+
+
 def _guest(values: Mapping[str, Any], cpu: Cpu) -> Guest:
     chosen = checked_fields(values, GuestSettings, "guest", special=("filter", "misbehaviour"))
     chosen["session"] = SessionMode[chosen["session"].upper()]
     chosen |= _filter(group_at(values, "filter", "guest."), cpu)
     chosen["acts"] = _acts(values.get("misbehaviour") or {}, chosen)
     guest = Guest(**chosen)
+    if guest.discard and not VERSIONS[cpu.spe_version].discard_mode:
+        raise ConfigurationError(
+            f"guest.discard=true: cpu.spe_version={cpu.spe_version} has no discard mode (spe.md 1.6). "
+            "Set guest.discard=false or cpu.spe_version=3 or more."
+        )
     if not (guest.profile_user or guest.profile_kernel):
         raise ConfigurationError(
             "guest.profile_user=false and guest.profile_kernel=false: nothing is profiled. At least one exception "
@@ -309,18 +352,39 @@ def _filter(values: Mapping[str, Any], cpu: Cpu) -> dict[str, int]:
             f"guest.filter.min_latency={values['min_latency']}: more than the latency counter can hold, {largest} with "
             f"cpu.counter_bits={cpu.counter_bits}. Set guest.filter.min_latency={largest} or less."
         )
-    for event in values["events"]:
-        since = EVENT_SINCE.get(event, 1)
-        if cpu.spe_version < since:
+    features = features_of(cpu.spe_version, cpu.features)
+    for key in ("events", "not_events"):
+        for event in values[key]:
+            _check_event(key, event, cpu, features)
+    for key, feature, name in (("not_events", Feature.FNE, "FnE"), ("exactly", Feature.EFT, "EFT"),
+                               ("data_sources", Feature.FDS, "FDS")):  # fmt: skip
+        if values[key] and feature not in features:
             raise ConfigurationError(
-                f"guest.filter.events=[{event}]: cpu.spe_version={cpu.spe_version} cannot filter by it (spe.md 1.4). "
-                f"Set cpu.spe_version={since} or more, or leave the event out."
+                f"guest.filter.{key}={values[key]}: needs {name}, which the processor does not have (spe.md 1.4). "
+                f"Set guest.filter.{key}=[], or a cpu.spe_version and cpu.features with {name}."
             )
     return {
+        "inverted_event_filter": sum(1 << EVENT_BITS[event] for event in set(values["not_events"])),
+        "type_mask": sum(int(types[name]) for name in set(values["exactly"])),
+        "data_source_filter": sum(1 << DATA_SOURCES[name] for name in set(values["data_sources"])),
         "type_filter": sum(int(bit) for name, bit in types.items() if values[name]),
         "event_filter": sum(1 << EVENT_BITS[event] for event in set(values["events"])),
         "min_latency_cycles": chosen["min_latency_cycles"],
     }
+
+
+def _check_event(key: str, event: str, cpu: Cpu, features: Feature) -> None:
+    """See that samples can be filtered by *event* (spe.md 1.4)."""
+    register = REGISTERS["PMSEVFR_EL1"]
+    bit = register.mask(f"E{EVENT_BITS[event]}")
+    if register.existing(features) & bit:
+        return
+    versions = [n for n in VERSIONS if n > cpu.spe_version and register.existing(features_of(n)) & bit]
+    remedy = f"Set cpu.spe_version={versions[0]} or more, or leave" if versions else "Leave"
+    raise ConfigurationError(
+        f"guest.filter.{key}=[{event}]: cpu.spe_version={cpu.spe_version} cannot filter by it with cpu.features="
+        f"[{','.join(cpu.features)}] (spe.md 1.4). {remedy} the event out."
+    )
 
 
 def _kvm(values: Mapping[str, Any]) -> Kvm:

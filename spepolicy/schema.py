@@ -15,9 +15,10 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_type_hints
 
+from spepolicy.arch.versions import EVENT_NAMES, OPTIONAL
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import PAGE_BYTES, Handling
+from spepolicy.machine.scenario import PAGE_BYTES, ExternalAbort, Handling
 
 __all__ = ["GROUPS", "HOST_KINDS", "Kind", "Root", "Setting", "setting_at", "setting_names", "settings_of"]
 
@@ -133,21 +134,43 @@ class CpuSettings:
     fine_grained_traps: bool = _flag(
         "FEAT_FGT: KVM can trap ERET and PMBIDR_EL1", "fine_grained_traps", "spe.md 1.11; kvm.md 1.4"
     )
+    features: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
+        "optional features of the SPE version", tuple(OPTIONAL), "spe.md 1.1"
+    )
+    min_interval: int = _count(
+        "interval that PMSIDR_EL1.Interval recommends at least", 256, 4096, "min_interval_ops", "spe.md 1.5",
+        multiple_of=256, unit="ops",
+    )  # fmt: skip
+    external_abort: str = _choice(
+        "how an external abort on a buffer write shows itself",
+        ("by_version", *(way.name.lower() for way in ExternalAbort)),
+        "external_abort",
+        "spe.md rule 42",
+    )
+    external_abort_every: int = _count(
+        "mean number of records between external aborts", 2, 1 << 40, "external_abort_every", zero="none",
+        unit="records",
+    )  # fmt: skip
+    late_fault_samples: int = _count(
+        "samples that are lost after a faulting one, before it is reported", 0, 1024, "late_fault_samples",
+        "spe.md rule 40: SPEv1p5 only", unit="samples",
+    )  # fmt: skip
+    pick_granule: int = _count(
+        "the sampled operation is the first of so many in a row, in a workload of loops", 1, 64, "pick_granule_ops",
+        "spe_data.md 4b", unit="ops",
+    )  # fmt: skip
+    store_slip: float = _field(
+        Setting(
+            "probability that a store's sample goes to a later operation", Kind.NUMBER, 0, 1, source="spe_data.md 4b"
+        )
+    )
+    store_slip_granules: int = _count("at most so many granules later", 1, 64, "store_slip_granules", "spe_data.md 4b")
 
 
-EVENT_BITS: Mapping[str, int] = {  # names of `guest.filter.events` and their bits in PMSEVFR_EL1 (spe.md 4.3)
-    "retired": 1,
-    "l1d_access": 2,
-    "l1d_refill": 3,
-    "tlb_access": 4,
-    "tlb_walk": 5,
-    "not_taken": 6,
-    "mispredicted": 7,
-    "llc_access": 8,
-    "llc_miss": 9,
-    "remote_access": 10,
-}
-EVENT_SINCE: Mapping[str, int] = {"not_taken": 3}  # PMSVer from which samples can be filtered by it (spe.md 1.4, FnE)
+EVENT_BITS: Mapping[str, int] = EVENT_NAMES
+"""Names of `guest.filter.events` and their bits in PMSEVFR_EL1 (spe.md 4.3)."""
+DATA_SOURCES: Mapping[str, int] = {"l1": 0x0, "l2": 0x8, "llc": 0xB, "remote": 0xD, "dram": 0xE}
+"""Names of `guest.filter.data_sources` and their bits in PMSDSFR_EL1: Neoverse cores' numbers (spe.md 4.5)."""
 
 
 @dataclass
@@ -162,6 +185,16 @@ class FilterSettings:
     )
     events: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
         "events that must all have occurred (PMSEVFR_EL1)", tuple(EVENT_BITS), "spe.md 1.4"
+    )
+    not_events: list[str] = _names(  # noqa: RUF009 - as above
+        "events of which none may have occurred (PMSNEVFR_EL1, FnE)", tuple(EVENT_BITS), "spe.md 1.4"
+    )
+    exactly: list[str] = _names(  # noqa: RUF009 - as above
+        "types that must be as load, store and branch say, whatever the others (PMSFCR_EL1 masks, EFT)",
+        ("load", "store", "branch"), "spe.md rule 20",
+    )  # fmt: skip
+    data_sources: list[str] = _names(  # noqa: RUF009 - as above
+        "of loads, keep those served from here (PMSDSFR_EL1, FDS)", tuple(DATA_SOURCES), "spe.md rule 19"
     )
 
 
@@ -214,6 +247,11 @@ class GuestSettings:
         multiple_of=256, unit="ops",
     )  # fmt: skip
     jitter: bool = _flag("PMSIRR_EL1.RND", "jitter", "spe.md 1.4")
+    discard: bool = _flag(
+        "PMBLIMITR_EL1.FM=discard: PMU events only, no records (SPEv1p2)", "discard", "spe.md rule 23"
+    )
+    physical_addresses: bool = _flag("PMSCR_EL1.PA, perf's pa_enable=1", "physical_addresses", "spe.md 3.1")
+    context: bool = _flag("PMSCR_EL1.CX: CONFIG_PID_IN_CONTEXTIDR and perf run as root", "context", "spe.md 3.1")
     filter: FilterSettings = field(default_factory=FilterSettings)
     task_on: str = _duration("mean time the profiled task runs until it is switched out", "1us", MEAN, "task_on_ps")
     task_off: str = _duration("mean time the other task then runs", "1us", MEAN, "task_off_ps")

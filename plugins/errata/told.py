@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from spepolicy.arch.versions import VERSIONS, AbortReport
 from spepolicy.judge.errata import Erratum, Findings
 
 from .rules import observed, rule
-
-SPE_V1P3 = 4  # ID_AA64DFR0_EL1.PMSVer
 
 
 @rule
 def external_abort_event(findings: Findings) -> Erratum | None:
     """SPE-KVM-1: kvm.md A7, E2."""
-    if findings.spe_version < SPE_V1P3:
+    if AbortReport.TO_SPU in VERSIONS[findings.spe_version].aborts:
         return None  # IMPLEMENTATION DEFINED whether an external abort is reported to the SPU: the guest must expect it
     return observed(
         findings,
@@ -158,4 +157,29 @@ def resumed_cut_record(findings: Findings) -> Erratum | None:
         blame="kvm",
         workaround="With DL=1 tell the guest, so that it drops what it cannot parse; resume only with DL=0.",
         source="Arm ARM D17.8 RHLXGD (spe.md rule 45); observed with perf 6.1 (spe.md 4.7)",
+    )
+
+
+@rule
+def unreported_external_abort(findings: Findings) -> Erratum | None:
+    """SPE-HW-1: an external abort that the SPU is not told of; spe.md rule 42."""
+    if findings.facts.get("external_abort") not in ("ignored", "serror"):
+        return None
+    serror = findings.count("serror") > 0
+    return observed(
+        findings,
+        "external_abort",
+        id="SPE-HW-1",
+        title="Records that memory refused, in a stream that does not show it",
+        trigger="A buffer write meets an external abort, and the implementation "
+        + ("delivers an SError." if serror else "ignores it."),
+        versions="all; from SPEv1p3 on nothing else is permitted, but a fault for an abort of a walk",
+        effect_on_guest="PMBSR_EL1 shows nothing. "
+        + ("The SError goes to KVM, which cannot tell that SPE was the reason." if serror else "Nobody is told."),
+        effect_on_profile="Old bytes stand where the records should be; a decoder takes them for records of an earlier "
+        "session, or for damage.",
+        severity="high",
+        blame="architecture",
+        workaround="Clear the AUX pages before they are used again, so that old records are not taken for new ones.",
+        source="Arm ARM D17.8.4 (spe.md rule 42)",
     )

@@ -42,7 +42,7 @@ busy_until_ps flight_latency stop_ps exit_next_ps preempt_next_ps segment_end_ps
 resume_whole_ps phase phase_left_ps switch_left_ps syscall_left_ps renew_next_ps distribution resume_distribution
 walk_status answered claim pin_fresh window_open window_start_ps window_start_host_ps window_cause window_ps
 window_missed_ops hook_next key_log key_act act_draws flight_counter act_next_ps act_index act_armed logged_segment
-logged_profiling walk_lo walk_hi blocked_since_ps
+logged_profiling walk_lo walk_hi blocked_since_ps ecount_ops population_ps
 """
 VM_PASSING, VCPU_PASSING = frozenset(_VM_PASSING.split()), frozenset(_VCPU_PASSING.split())
 # Stored, since they must not repeat, but two states that differ in them only are equal: names of fresh frames.

@@ -205,12 +205,22 @@ _add(
 for _name, _field, _what in (
     ("stage2_faults_per_s", "stage2_faults", "Stage 2 faults of the SPU"),
     ("stage1_faults_per_s", "stage1_faults", "Stage 1 faults of the SPU"),
-    ("buffer_full_per_s", "buffer_full", "Buffer full events"),
+    ("buffer_full_per_s", "buffer_full", "Buffer full events (PMU event SAMPLE_BUFFER_FULL)"),
+    ("sample_pop_per_s", "population", "PMU event SAMPLE_POP: operations executed while profiling was enabled"),
+    ("sample_filtrate_per_s", "survived", "PMU event SAMPLE_FILTRATE: samples that no filter rejected"),
+    ("sample_collision_per_s", "collided", "PMU event SAMPLE_COLLISION: selections dropped for one in flight"),
+    ("external_aborts_per_s", "external_aborts", "External aborts on buffer writes"),
     ("data_loss_per_s", "data_loss", "Buffer management events with PMBSR_EL1.DL=1"),
     ("fatal_per_s", "fatal", "Events that the guest's driver answered by switching SPE off"),
     ("traps_per_s", "traps", "Trapped accesses to SPE registers"),
 ):
     _add(_name, "1/s", f"{_what}, a wanted second.", _per_wanted_s(_field))
+_add(
+    "sample_feed_per_s",
+    "1/s",
+    "PMU event SAMPLE_FEED: samples taken, collisions not counted, a wanted second.",
+    lambda v: ratio(v.sum("selected") - v.sum("collided"), v.sum("wanted_ps") / _PS_PER_S),
+)
 _add(
     "refused_sessions",
     "sessions",

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.arch.ownership import kvm_controls, traps
+from spepolicy.arch.ownership import (
+    Controls,
+    collects_context,
+    collects_physical_address,
+    kvm_controls,
+    traps,
+)
+from spepolicy.arch.registers import REGISTERS
+from spepolicy.arch.versions import Feature, features_of
 from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.effects import effects
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
@@ -23,6 +31,8 @@ from spepolicy.mmu.walker import STATE
 # Streams of random draws; a stream never gets another number, or results change.
 _PROGRAM, _SAMPLE, _KVM, _HOST, _LAYOUT, _LOG, _BUG = range(7)
 _ACT = 16
+
+CONTEXT_PACKET_BYTES, ADDRESS_PACKET_BYTES = 5, 9  # header and payload (spe.md 4.1)
 
 PAGE_TABLE_ARRAYS = ("pool", "host_page")
 
@@ -54,11 +64,20 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
     guest, cpu, kvm, costs, host = scenario.guest, scenario.cpu, scenario.kvm, scenario.costs, scenario.host
     stage1_pages, _ = _table_pages(scenario)
     mdcr_el2 = kvm_controls(behaviour.trap_pmb, behaviour.trap_pms, behaviour.own_buffer or behaviour.hidden)
+    features = features_of(cpu.spe_version, cpu.features)
+    # What a record has; E0SPE and E1SPE come with the session.
+    pmscr = REGISTERS["PMSCR_EL1"].pack(TS=1, PA=guest.physical_addresses, CX=guest.context)
+    # KVM leaves PMSCR_EL2.PA clear: the addresses would be the host's (rule 26).
+    controls = Controls(features, mdcr_el2=mdcr_el2, pmscr_el1=pmscr, el2_enabled=behaviour.virtualized)
     values: dict[str, int] = {
         "virtualized": behaviour.virtualized,
         "ram_page0": guest.ram_base // PAGE_BYTES,
         "latency_max": (1 << cpu.counter_bits) - 1,
         "tlb_mask": cpu.tlb_entries - 1,
+        "secondary_counter": Feature.ERND in features,
+        "pmscr": pmscr,
+        "context_bytes": CONTEXT_PACKET_BYTES * collects_context(controls, 1)[0],
+        "access_bytes": ADDRESS_PACKET_BYTES * collects_physical_address(controls),
         "duration_ps": scenario.duration_ps,
         "reader_ps_per_kib": 1024 * 1_000_000 // guest.reader_bytes_per_us,
         "memlock_pages": (1 << 40) if kvm.memlock_unlimited else kvm.memlock_pages,
@@ -167,6 +186,9 @@ def _shared(scenario: Scenario) -> dict[str, NDArray[Any]]:
         "outcome_events": workload.outcome_events,
         "outcome_latency": workload.outcome_latency_cycles,
         "outcome_spread": workload.outcome_spread_cycles,
+        "loop_first": workload.op_ps * 0 if workload.loop_first is None else workload.loop_first,
+        "loop_length": workload.op_ps * 0 if workload.loop_length is None else workload.loop_length,
+        "loop_outcome": np.zeros(1, np.int64) if workload.loop_outcome is None else workload.loop_outcome,
         "phase": np.stack(
             [
                 workload.phase_user,

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S, PMSCR_E0SPE, PMSCR_E1SPE
+from spepolicy.arch.registers import (
+    PMBLIMITR_DISCARD,
+    PMBLIMITR_E,
+    PMBLIMITR_FM,
+    PMBSR_S,
+    PMSCR_E0SPE,
+    PMSCR_E1SPE,
+)
 from spepolicy.jit import jit
 from spepolicy.machine.blackout import close_window
 from spepolicy.machine.draw import draw, scaled_exponential
@@ -248,6 +255,8 @@ def enabled_hooks(m: Machine, i: int, k: int, by_pms: bool) -> int:
     sees = par.trap_pms if by_pms else par.trap_pmb
     if par.virtualized == 0 or sees == 0 or read_limit(par, v) & PMBLIMITR_E == 0 or v.pmbsr & PMBSR_S != 0:
         return _NONE
+    if read_limit(par, v) & PMBLIMITR_FM == PMBLIMITR_DISCARD:
+        return _NONE  # nothing will be written (rule 23)
     profiling = _NONE
     if v.pmscr & PMSCR_E1SPE != 0:
         if (par.hooks >> _PROFILING_ENABLED) & 1 != 0:

@@ -19,7 +19,7 @@ from spepolicy.machine.layout import build_memory
 from spepolicy.machine.linux_spe import read_ring
 from spepolicy.machine.migration import migration_event
 from spepolicy.machine.misbehave import act_due, fire_armed, schedule_act
-from spepolicy.machine.rows import op_ps, params, vcpu_row, vm_row
+from spepolicy.machine.rows import op_ps, params, truth_row, vcpu_row, vm_row
 from spepolicy.machine.spu import drain, hold_counter, profiling_enabled, run_counter, sample_until
 from spepolicy.machine.state import NEVER, WINDOW_LOG, Hook, Machine, Segment
 from spepolicy.machine.trace import HOOK, ZERO, log, log_state
@@ -58,8 +58,12 @@ def _advance(m: Machine, i: int, k: int, until_ps: int) -> None:
         active = profiling_enabled(v)
         log_state(m, i, k, active)
         if active:
-            run_counter(v, op_ps(m)[v.distribution])
+            rate_ps = op_ps(m)[v.distribution]
+            run_counter(m, i, k, rate_ps)
             v.now_ps = sample_until(m, i, k, until_ps)
+            v.population_ps += v.now_ps - begin
+            truth_row(m, i, k).population += v.population_ps // rate_ps
+            v.population_ps %= rate_ps
         else:
             hold_counter(v, v.now_ps)
             if v.flight != 0:

@@ -13,6 +13,7 @@ from typing import Any
 from spepolicy.arch.registers import (
     BSC_FULL,
     EC_OTHER,
+    PMBLIMITR_DISCARD,
     PMBLIMITR_E,
     PMBSR_COLL,
     PMBSR_DL,
@@ -21,9 +22,12 @@ from spepolicy.arch.registers import (
     PMBSR_S,
     PMSCR_E0SPE,
     PMSCR_E1SPE,
+    PMSFCR_FDS,
     PMSFCR_FE,
     PMSFCR_FL,
+    PMSFCR_FNE,
     PMSFCR_FT,
+    PMSFCR_MASK_SHIFT,
     PMSFCR_TYPE_SHIFT,
     PMSIRR_RND,
 )
@@ -187,6 +191,12 @@ def output_begin(m: Machine, i: int, k: int) -> None:
         v.stop_cause = _REFUSED
         return
     write_limit(par, v, 0)
+    if par.discard != 0:
+        # No AUX session: nothing is written (spe.md 3.2 step 6).
+        write_limit(par, v, PMBLIMITR_DISCARD | PMBLIMITR_E)
+        log(m, i, k, REGISTER, REG_PMBLIMITR, read_limit(par, v), ZERO)
+        access(m, i, k, 1, 0)
+        return
     if v.aux_head - v.aux_tail >= size - 1:
         # perf_aux_output_begin() fails: the event is disabled and perf is woken.
         _no_space(m, i, k)
@@ -236,16 +246,23 @@ def start_sampling(m: Machine, i: int, k: int) -> None:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     v.pmsfcr = 0
-    if par.type_filter != 0:
-        v.pmsfcr |= PMSFCR_FT | (par.type_filter << PMSFCR_TYPE_SHIFT)
+    if par.type_filter != 0 or par.type_mask != 0:
+        v.pmsfcr |= PMSFCR_FT | (par.type_filter << PMSFCR_TYPE_SHIFT) | (par.type_mask << PMSFCR_MASK_SHIFT)
     if par.event_filter != 0:
         v.pmsfcr |= PMSFCR_FE
     if par.min_latency_cycles != 0:
         v.pmsfcr |= PMSFCR_FL
+    if par.inverted_event_filter != 0:
+        v.pmsfcr |= PMSFCR_FNE
+    if par.data_source_filter != 0:
+        v.pmsfcr |= PMSFCR_FDS
     v.pmsevfr = par.event_filter
+    v.pmsnevfr = par.inverted_event_filter
+    v.pmsdsfr = par.data_source_filter
     v.pmslatfr = par.min_latency_cycles
     v.pmsirr = par.period_ops | (PMSIRR_RND if par.jitter != 0 else 0)
-    v.pmscr = (PMSCR_E0SPE if par.profile_user != 0 else 0) | (PMSCR_E1SPE if par.profile_kernel != 0 else 0)
+    v.pmscr = par.pmscr | (PMSCR_E0SPE if par.profile_user != 0 else 0)
+    v.pmscr |= PMSCR_E1SPE if par.profile_kernel != 0 else 0
     log(m, i, k, REGISTER, REG_PMSFCR, v.pmsfcr, ZERO)
     log(m, i, k, REGISTER, REG_PMSEVFR, v.pmsevfr, ZERO)
     log(m, i, k, REGISTER, REG_PMSLATFR, v.pmslatfr, ZERO)

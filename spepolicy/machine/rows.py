@@ -50,6 +50,9 @@ _ARRAYS: tuple[tuple[str, Any, int], ...] = (
     ("outcome_events", np.int64, 1),
     ("outcome_latency", np.int64, 1),
     ("outcome_spread", np.int64, 1),
+    ("loop_first", np.int64, 1),
+    ("loop_length", np.int64, 1),
+    ("loop_outcome", np.int64, 1),
     ("phase", np.int64, 2),
     ("roles", np.int64, 1),
     ("rec_ps", np.int64, 1),
@@ -182,6 +185,9 @@ outcome_type = _make("outcome_type", "")
 outcome_events = _make("outcome_events", "")
 outcome_latency = _make("outcome_latency", "")
 outcome_spread = _make("outcome_spread", "")
+loop_first = _make("loop_first", "")
+loop_length = _make("loop_length", "")
+loop_outcome = _make("loop_outcome", "")
 phase = _make("phase", "")
 roles = _make("roles", "")
 rec_ps = _make("rec_ps", "")

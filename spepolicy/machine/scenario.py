@@ -21,6 +21,7 @@ __all__ = [
     "Bug",
     "Costs",
     "Cpu",
+    "ExternalAbort",
     "Guest",
     "Handling",
     "Host",
@@ -105,6 +106,20 @@ class OpType(IntFlag):
     BRANCH = 1
     LOAD = 2
     STORE = 4
+    FP = 8  # FEAT_SPE_EFT
+    SIMD = 16
+
+
+class ExternalAbort(IntEnum):
+    """How the implementation shows an external abort on a buffer write (rule 42; which of them a version allows is in
+    `spepolicy.arch.versions`).
+    """
+
+    IGNORED = 0
+    SERROR = 1
+    MMU_FAULT = 2  # of a translation table walk: FSC 0b0101LL
+    SYNCHRONOUS = 3  # reported to the SPU: EA=1, PMBPTR_EL1 is the address
+    ASYNCHRONOUS = 4  # reported to the SPU: EA=1, DL=1, PMBPTR_EL1 says nothing
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,14 @@ class Cpu:
     tlb_entries: int = 16  # SPU TLB entries, direct mapped, power of two
     irq_latency_ps: int = 1_000_000  # S=1 until the core takes PMBIRQ (asynchronous, profiling is already off)
     fine_grained_traps: bool = False  # FEAT_FGT: KVM can trap ERET and PMBIDR_EL1
+    features: tuple[str, ...] = ()  # names of spepolicy.arch.versions.OPTIONAL
+    min_interval_ops: int = 4096  # PMSIDR_EL1.Interval: what the implementation recommends
+    external_abort: ExternalAbort = ExternalAbort.SYNCHRONOUS
+    external_abort_every: int = 0  # mean number of record writes between external aborts; 0: none
+    late_fault_samples: int = 0  # samples after a faulting one that are taken and lost before it is reported (v1p5)
+    pick_granule_ops: int = 1  # the sampled operation is one of this many in a row: the first (see machine.pick)
+    store_slip_q16: int = 0  # probability that the sample of a store is given to a later operation
+    store_slip_granules: int = 1  # at most so many granules later
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,12 @@ class Guest:
     type_filter: int = 0  # OpType bits; 0: no type filter
     event_filter: int = 0  # PMSEVFR_EL1 bits that must all be set; 0: no event filter
     min_latency_cycles: int = 0  # PMSLATFR_EL1.MINLAT; 0: no latency filter
+    type_mask: int = 0  # OpType bits of type_filter that must all be as it says (FEAT_SPE_EFT)
+    inverted_event_filter: int = 0  # PMSNEVFR_EL1 bits that must all be clear (FEAT_SPE_FnE); 0: off
+    data_source_filter: int = 0  # PMSDSFR_EL1: loads from these sources only (FEAT_SPE_FDS); 0: off
+    discard: bool = False  # PMBLIMITR_EL1.FM = discard: samples are counted by the PMU and not written (SPEv1p2)
+    physical_addresses: bool = False  # PMSCR_EL1.PA, perf's pa_enable
+    context: bool = False  # PMSCR_EL1.CX: CONTEXTIDR_EL1, with CONFIG_PID_IN_CONTEXTIDR
     task_on_ps: int = 4_000_000_000  # mean time the profiled task runs before it is switched out
     task_off_ps: int = 1_000_000_000  # mean time the other task runs
     start_ps: int = 1_500_000  # guest instructions of arm_spe_pmu_start, without traps
@@ -252,6 +281,10 @@ class Workload:
     other_user: int = 0  # distribution of the task that is not profiled, EL0
     other_kernel: int = 0
     driver: int = 0  # distribution of the SPE driver itself
+    # Loops: a distribution may be a loop body, executed over and over from its first operation. Empty: none is.
+    loop_first: NDArray[np.int64] | None = None  # [D] index in loop_outcome of the body's first operation
+    loop_length: NDArray[np.int64] | None = None  # [D] operations in the body; 0: no loop, draws from the alias table
+    loop_outcome: NDArray[np.int64] | None = None  # [L] outcomes in program order
     source: str = ""
 
 

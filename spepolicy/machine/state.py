@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 NEVER = np.int64(1) << np.int64(62)  # a time that does not come
-LOST_CAUSES = 11
+LOST_CAUSES = 12
 WINDOW_LOG = 128
 
 # PARAMS: constants of a lane, from `spepolicy.machine.scenario`; same names, same units.
@@ -35,6 +35,11 @@ _PARAMS = [
     "type_filter",
     "event_filter",
     "min_latency_cycles",
+    "type_mask",
+    "inverted_event_filter",
+    "data_source_filter",
+    "discard",
+    "pmscr",
     "task_on_ps",
     "task_off_ps",
     "start_ps",
@@ -53,6 +58,15 @@ _PARAMS = [
     "data_loss_at_boundary",
     "tlb_mask",
     "irq_latency_ps",
+    "secondary_counter",
+    "external_abort",
+    "external_abort_every",
+    "late_fault_samples",
+    "pick_granule_ops",
+    "store_slip_q16",
+    "store_slip_granules",
+    "context_bytes",
+    "access_bytes",
     "exit_interval_ps",
     "preempt_interval_ps",
     "preempt_ps",
@@ -177,6 +191,8 @@ host_ps             host time minus guest time: what exits, traps and preemption
 pmscr               PMSCR_EL1
 pmsfcr              PMSFCR_EL1
 pmsevfr             PMSEVFR_EL1
+pmsnevfr            PMSNEVFR_EL1
+pmsdsfr             PMSDSFR_EL1
 pmslatfr            PMSLATFR_EL1
 pmsirr              PMSIRR_EL1
 pmbptr              PMBPTR_EL1
@@ -202,6 +218,8 @@ act_draws
 counting            1 while the interval counter runs (profiling enabled now)
 select_ps           guest time of the next selection while counting
 left_ops            operations until the next selection while not counting
+ecount_ops          what the secondary counter added to the last interval (FEAT_SPE_ERnd)
+population_ps       time of an operation that is under way, not counted yet in TRUTH.population
 rate_ps             ps per operation that select_ps was computed with
 busy_until_ps       the sampled operation in flight completes
 flight              1: a sample is in flight
@@ -211,6 +229,8 @@ flight_counter      counter of the draw that selected it, kept for the event log
 tlb_page            virtual page that the last record went to, -1 if none: must be in the TLB
 stop_ps             guest time at which the SPU stopped last
 stop_cause          LostCause of it
+late_syndrome       PMBSR_EL1 of a fault that is not reported yet (SPEv1p5), 0 if none
+late_left           samples that are lost until it is reported
 irq_ps              guest time at which the core takes PMBIRQ, NEVER if none is under way
 event_seen          1: KVM has handled the event in pmbsr
 virq                1: the virtual (or bare-metal) PMBIRQ is pending at the guest
@@ -278,12 +298,15 @@ logged_profiling    whether it last said that profiling is enabled
 
 # TRUTH: what only the judge may know.
 _TRUTH = """
+population          PMU event SAMPLE_POP: members of the population executed while profiling was enabled
+survived            PMU event SAMPLE_FILTRATE: samples that no filter rejected
+serrors             of external_aborts, those delivered as an SError
 selected            samples selected
 collided            dropped: another was in flight
 filtered            rejected by PMSFCR_EL1
 written             records written whole into the buffer
 kept                records handed to perf, or in the buffer at the end
-discarded           written, then thrown away because of DL
+discarded           written, then thrown away because of DL; or dropped in discard mode
 pending             written since the AUX handle was opened
 in_flight           1 at the end if a sample was in flight
 wanted_ps           guest time in which profiling was wanted
@@ -303,7 +326,7 @@ spurious            handler found S=0
 buffer_full         buffer full events
 stage1_faults
 stage2_faults
-external_aborts     writes that a device answered with an abort
+external_aborts     writes that a device or memory answered with an abort
 data_loss           events with DL=1
 sessions            times that the driver opened an AUX handle and enabled the buffer
 truncated           handles closed with PERF_AUX_FLAG_TRUNCATED
@@ -381,6 +404,7 @@ class LostCause(IntEnum):
     STAGE2_MIGRATION = 8  # live migration: write-protected for dirty logging, or not there yet on the target
     MIGRATION = 9  # live migration: KVM or the VMM switched SPE off for it
     GUEST_ERROR = 10  # the guest programmed the SPU in a way that stops it
+    EXTERNAL_ABORT = 11  # the memory system refused the write
 
 
 class Hook(IntEnum):
@@ -455,6 +479,9 @@ class Machine(NamedTuple):
     outcome_events: Ints
     outcome_latency: Ints
     outcome_spread: Ints
+    loop_first: Ints
+    loop_length: Ints
+    loop_outcome: Ints
     phase: Ints  # [P, 5] user, kernel distribution, length, syscall gap, syscall length
     roles: Ints  # [3] distributions: other user, other kernel, driver
     # host events

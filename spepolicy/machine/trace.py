@@ -85,6 +85,9 @@ class LogKind(IntEnum):
     BLACK = 32  # a window opens - LostCause
     MIGRATED = 41  # a step of a live migration is done - Phase; pages being sent; round
     LIGHT = 33  # it closes - LostCause; its wanted guest time in ps; operations missed
+    # the SPU, again
+    DROPPED = 34  # the operation in flight is done, and discard mode drops its record
+    ABORTED = 35  # an external abort on a buffer write - ExternalAbort; PMBPTR_EL1
     # the guest against its own buffer (spepolicy.machine.guestacts)
     GUEST_ACT = 40  # - GuestAct; VA; PMBSR_EL1
 
@@ -117,7 +120,8 @@ RING_FULL, READ, RENEWED, HANDLED = _K["RING_FULL"], _K["READ"], _K["RENEWED"], 
 TRAPPED, EXIT, INTERRUPT, INJECTED, VIRQ = (_K[n] for n in ("TRAPPED", "EXIT", "INTERRUPT", "INJECTED", "VIRQ"))
 HOOK, WALKED, PINNED, UNPINNED, MAPPED = (_K[n] for n in ("HOOK", "WALKED", "PINNED", "UNPINNED", "MAPPED"))
 RESUMED, CLAIMED, HOST_OP, UNMAPPED = _K["RESUMED"], _K["CLAIMED"], _K["HOST_OP"], _K["UNMAPPED"]
-BLACK, LIGHT, GUEST_ACT = _K["BLACK"], _K["LIGHT"], _K["GUEST_ACT"]
+BLACK, LIGHT, DROPPED, ABORTED = _K["BLACK"], _K["LIGHT"], _K["DROPPED"], _K["ABORTED"]
+GUEST_ACT = _K["GUEST_ACT"]
 MIGRATED = _K["MIGRATED"]
 REG_PMSCR, REG_PMSFCR, REG_PMSEVFR, REG_PMSLATFR, REG_PMSIRR, REG_PMBLIMITR, REG_PMBPTR, REG_PMBSR = (
     _constant(register) for register in Register
@@ -256,7 +260,7 @@ SAMPLE = np.dtype(
         ("vcpu", "u2"),
         ("level", "u1"),  # exception level it executed at
         ("task", "u1"),  # 0 the profiled task, 1 the other
-        ("fate", "u2"),  # LogKind.WRITTEN, FILTERED, LOST, or 0 in flight
+        ("fate", "u2"),  # LogKind.WRITTEN, FILTERED, LOST, DROPPED, or 0 in flight
         ("cause", "u2"),  # LostCause if LOST
         ("outcome", "u4"),  # index of the workload's outcome tables
         ("function", "u4"),  # index of Workload.function_names
@@ -287,7 +291,7 @@ def samples(rows: NDArray[np.void], workload: Workload) -> NDArray[np.void]:
 
 def _samples_of(rows: NDArray[np.void], workload: Workload) -> NDArray[np.void]:
     begun = rows[rows["kind"] == LogKind.SELECTED]
-    ends = rows[np.isin(rows["kind"], (LogKind.WRITTEN, LogKind.FILTERED, LogKind.LOST))]
+    ends = rows[np.isin(rows["kind"], (LogKind.WRITTEN, LogKind.FILTERED, LogKind.LOST, LogKind.DROPPED))]
     out = np.zeros(len(begun), SAMPLE)
     for name in ("host_ps", "guest_ps", "vcpu"):
         out[name] = begun[name]

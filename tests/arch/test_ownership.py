@@ -123,7 +123,7 @@ def test_rule_4_the_machine_enables_profiling_as_the_architecture_does(
         GUEST, pmscr_el1=pack("PMSCR_EL1", E1SPE=e1, E0SPE=e0), pmblimitr=pack("PMBLIMITR_EL1", E=enable),
         pmbsr_el1=pack("PMBSR_EL1", S=serviced),
     )  # fmt: skip
-    vcpu = SimpleNamespace(level=level, pmscr=c.pmscr_el1, pmblimitr=c.pmblimitr, pmbsr=c.pmbsr_el1)
+    vcpu = SimpleNamespace(level=level, pmscr=c.pmscr_el1, pmblimitr=c.pmblimitr, pmbsr=c.pmbsr_el1, spe_off=0)
     assert module("machine.spu").profiling_enabled(vcpu) == profiling_enabled(c, level)
     assert profiling_enabled(c, level) == bool(enable and not serviced and (e1 if level else e0))
 

@@ -14,7 +14,7 @@ import pytest
 from spepolicy.config import host_notes, to_options, to_scenario
 from spepolicy.errors import ConfigurationError, RecordingError
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
-from spepolicy.machine.scenario import Costs, Cpu, Guest, HostKind, IrqDelivery, Kvm, OpType, SessionMode
+from spepolicy.machine.scenario import Costs, Cpu, ExternalAbort, Guest, HostKind, IrqDelivery, Kvm, OpType, SessionMode
 from spepolicy.schema import CostSettings, CpuSettings, FilterSettings, GuestSettings, KvmSettings, settings_of
 
 Composed = Callable[..., dict[str, Any]]
@@ -47,8 +47,12 @@ def test_the_default_is_what_the_files_say(composed: Composed) -> None:
 @pytest.mark.parametrize(
     ("target", "schemas", "special"),
     [
-        (Cpu, [CpuSettings], set()),
-        (Guest, [GuestSettings, FilterSettings], {"type_filter", "event_filter", "acts"}),
+        (Cpu, [CpuSettings], {"features", "store_slip_q16"}),
+        (
+            Guest,
+            [GuestSettings, FilterSettings],
+            {"type_filter", "event_filter", "inverted_event_filter", "type_mask", "data_source_filter", "acts"},
+        ),
         (Kvm, [KvmSettings], {"memlock_unlimited", "bug_rate_q16"}),
         (Costs, [CostSettings], set()),
     ],
@@ -93,6 +97,8 @@ CHANGES = [
     ("guest.filter.branch=true", "guest", "type_filter", OpType.BRANCH),
     ("guest.filter.min_latency=100", "guest", "min_latency_cycles", 100),
     ("guest.filter.events=[l1d_refill,mispredicted]", "guest", "event_filter", (1 << 3) | (1 << 7)),
+    ("guest.physical_addresses=true", "guest", "physical_addresses", True),
+    ("guest.context=true", "guest", "context", True),
     ("guest.task_on=2ms", "guest", "task_on_ps", 2 * 10**9),
     ("guest.task_off=2ms", "guest", "task_off_ps", 2 * 10**9),
     ("guest.start=1us", "guest", "start_ps", 10**6),
@@ -102,6 +108,11 @@ CHANGES = [
     ("guest.reader_latency=1us", "guest", "reader_latency_ps", 1_000_000),
     ("guest.reader_rate=2000", "guest", "reader_bytes_per_us", 2000),
     ("guest.renew=50ms", "guest", "renew_ps", 50 * 10**9),
+    ("cpu.features=[ERnd]", "cpu", "features", ("ERnd",)),
+    ("cpu.external_abort=asynchronous", "cpu", "external_abort", ExternalAbort.ASYNCHRONOUS),
+    ("cpu.external_abort_every=1000", "cpu", "external_abort_every", 1000),
+    ("cpu.pick_granule=2", "cpu", "pick_granule_ops", 2),
+    ("cpu.store_slip=0.25", "cpu", "store_slip_q16", 1 << 14),
     ("kvm.exit_interval=0", "kvm", "exit_interval_ps", 0),
     ("kvm.preempt_interval=0", "kvm", "preempt_interval_ps", 0),
     ("kvm.preempt=2ms", "kvm", "preempt_ps", 2 * 10**9),
@@ -148,6 +159,14 @@ WRONG = [
     ("guest.session=per_thread", ["one of per_task, per_cpu", "Did you mean"]),
     ("guest.filter.events=[retird]", ["any of retired", "Did you mean 'retired'?"]),
     ("guest.filter.events=[not_taken]", ["cpu.spe_version=1 cannot filter", "cpu.spe_version=3"]),
+    ("guest.filter.events=[l1d_access]", ["cpu.spe_version=1 cannot filter", "cpu.spe_version=5"]),
+    ("guest.filter.not_events=[l1d_refill]", ["needs FnE"]),
+    ("guest.filter.exactly=[load]", ["needs EFT"]),
+    ("guest.filter.data_sources=[dram]", ["needs FDS"]),
+    ("guest.discard=true", ["no discard mode", "cpu.spe_version=3"]),
+    ("cpu.features=[FDS]", ["FDS", "needs SPEv1p4", "cpu.spe_version=5"]),
+    ("cpu.features=[ERndd]", ["Did you mean 'ERnd'?"]),
+    ("cpu.late_fault_samples=1", ["before SPEv1p5", "cpu.spe_version=6"]),
     ("guest.filter.min_latency=5000", ["4095", "cpu.counter_bits=12"]),
     ("guest.task_on=5s", ["too large", "guest.task_on=4s"]),
     ("guest.renew=10us", ["too small", "1ms..4s or 0 (never)"]),

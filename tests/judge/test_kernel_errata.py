@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from spepolicy.arch.versions import VERSIONS, AbortReport
 from spepolicy.judge.errata import Erratum, Findings, Observation
 from spepolicy.judge.findings import OBSERVATIONS, facts, find
+from spepolicy.machine.scenario import ExternalAbort
 from spepolicy_plugins.errata import KernelErrata
 
 from .hand_made_results import empty_result, scenario
@@ -112,3 +114,21 @@ def test_a_refused_session_is_worse_than_a_refused_page() -> None:
     assert (page.severity, page.count) == ("medium", 9)
     assert (session.severity, session.count) == ("high", 2)
     assert "8 MiB" in page.trigger  # 2048 pages
+
+
+@pytest.mark.parametrize("spe_version", VERSIONS)
+def test_the_version_decides_whether_an_external_abort_event_is_an_erratum(spe_version: int) -> None:
+    """Told by KVM: legal where an implementation may report external aborts to the SPU (spe.md rule 42)."""
+    told = reported(findings(spe_version=spe_version, injected_external=1))
+    legal = AbortReport.TO_SPU in VERSIONS[spe_version].aborts
+    assert ("SPE-KVM-1" in told) == (not legal) == (spe_version >= 4)
+
+
+@pytest.mark.parametrize("way", ExternalAbort)
+def test_an_external_abort_that_pmbsr_does_not_show_is_an_erratum(way: ExternalAbort) -> None:
+    base = scenario()
+    found = replace(
+        findings(external_abort=3, serror=3 if way == ExternalAbort.SERROR else 0),
+        facts=facts(replace(base, cpu=replace(base.cpu, external_abort=way))),
+    )
+    assert ("SPE-HW-1" in reported(found)) == (way in (ExternalAbort.IGNORED, ExternalAbort.SERROR))

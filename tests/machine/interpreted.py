@@ -73,9 +73,9 @@ def module(name: str) -> Any:
 class Lane:
     """One lane, booted and not run: its arrays, and rows with their fields as attributes."""
 
-    def __init__(self, scenario: Scenario, **behaviour: Any) -> None:
+    def __init__(self, scenario: Scenario, log_rows: int = 0, **behaviour: Any) -> None:
         build = module("machine.build")
-        self.m = build.allocate(scenario, build.Behaviour(**behaviour), 1)
+        self.m = build.allocate(scenario, build.Behaviour(**behaviour), 1, log_rows)
         build.reset(self.m, scenario, [0])
         with np.errstate(over="ignore"):  # hashes wrap around on purpose
             module("machine.lane").start_lanes(self.m, np.array([0]))

@@ -45,6 +45,7 @@ class Bench(Lane):
         guest: dict[str, Any] | None = None,
         migration: Migration | None = None,
         host: Host | None = None,
+        log_rows: int = 0,
         **behaviour: Any,
     ) -> None:
         plain: dict[str, Any] = {
@@ -62,6 +63,7 @@ class Bench(Lane):
                 migration=migration or Migration(),
                 host=host or Host(),
             ),
+            log_rows,
             virtualized=virtualized,
             **behaviour,
         )
@@ -79,11 +81,15 @@ class Bench(Lane):
         spu = module("machine.spu")
         if spu.profiling_enabled(self.v):
             with np.errstate(over="ignore"):
-                spu.run_counter(self.v, OP_PS)
+                self.call("spu.run_counter", 0, OP_PS)
             self.v.now_ps = self.call("spu.sample_until", 0, until_ps)
         else:
             self.v.now_ps = until_ps
         return int(self.v.now_ps)
+
+    def advance(self, until_ps: int) -> None:
+        """Let the lane's own loop execute until *until_ps*, or until the SPU stops."""
+        self.call("lane._advance", 0, until_ps)
 
     def write_records(self, count: int) -> int:
         """Execute until *count* more records are written, or the SPU stops; return how many were."""

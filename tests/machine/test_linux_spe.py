@@ -266,7 +266,7 @@ def test_rule_21_the_driver_never_programs_an_unpredictable_filter(
     assert (v.pmsfcr >> 16) & 7 == types
     assert (v.pmsevfr, v.pmslatfr) == (events, latency)
     assert v.pmsirr == 768 | jitter
-    assert v.pmscr == 3
+    assert v.pmscr == 1 << 5 | 3  # TS, E1SPE, E0SPE
 
 
 def test_stop_hands_over_what_was_written_and_keeps_the_interval() -> None:

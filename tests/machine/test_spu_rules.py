@@ -123,9 +123,8 @@ def test_rule_13_an_operation_that_was_cut_counts_when_it_is_executed(paused_at_
 
 def test_rule_13_what_is_left_is_a_number_of_operations_whatever_they_take() -> None:
     bench = Bench(interval=512)
-    spu = module("machine.spu")
     bench.run(100 * OP_PS)
-    spu.run_counter(bench.v, 7 * OP_PS)  # EL1 operations take longer
+    bench.call("spu.run_counter", 0, 7 * OP_PS)  # EL1 operations take longer
     assert bench.v.select_ps - bench.v.now_ps == 412 * 7 * OP_PS
 
 
