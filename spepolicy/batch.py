@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from spepolicy.errors import HookError
-from spepolicy.hookspecs import Cause, Event
+from spepolicy.hookspecs import Cause, Event, Failure
 
 __all__ = ["PinResult", "State", "Vcpus", "Vms", "WalkResult"]
 
@@ -289,6 +289,13 @@ class Vcpus:
             raise HookError(f"inject() was given {event!r}. Rule: a member of spepolicy.hookspecs.Event.")
         if len(self):
             _kit(self._ticket).inject(self._lanes, self._vcpus, int(event), bool(data_loss))
+
+    def fail(self, failure: Failure) -> None:
+        """Answer with *failure* instead of an event: the guest is told otherwise, or not at all, or is no more."""
+        if not isinstance(failure, Failure):
+            raise HookError(f"fail() was given {failure!r}. Rule: a member of spepolicy.hookspecs.Failure.")
+        if len(self):
+            _kit(self._ticket).fail(self._lanes, self._vcpus, int(failure))
 
     def resume(self) -> None:
         """Clear PMBSR_EL1.S and let the SPU go on at the same PMBPTR_EL1."""

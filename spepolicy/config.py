@@ -28,6 +28,7 @@ from spepolicy.machine.scenario import (
     Cpu,
     ExternalAbort,
     Guest,
+    GuestDriver,
     Handling,
     Host,
     HostKind,
@@ -285,6 +286,12 @@ def _check_version(cpu: Cpu) -> None:
 def _guest(values: Mapping[str, Any], cpu: Cpu) -> Guest:
     chosen = checked_fields(values, GuestSettings, "guest", special=("filter", "misbehaviour"))
     chosen["session"] = SessionMode[chosen["session"].upper()]
+    chosen["driver"] = GuestDriver[chosen["driver"].upper()]
+    if chosen["driver"] != GuestDriver.LINUX and chosen["session"] != SessionMode.PER_CPU:
+        raise ConfigurationError(
+            f"guest.driver={values['driver']} with guest.session=per_task: the drivers of FreeBSD and Windows profile "
+            "CPUs only (ENOTSUP for threads). Set guest.session=per_cpu, or choose guest=freebsd or guest=windows."
+        )
     chosen |= _filter(group_at(values, "filter", "guest."), cpu)
     chosen["acts"] = _acts(values.get("misbehaviour") or {}, chosen)
     guest = Guest(**chosen)

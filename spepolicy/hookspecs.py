@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from spepolicy.judge.errata import Erratum, Findings
     from spepolicy.machine.hostops import Notifier
 
-__all__ = ["Cause", "Event", "Ownership", "Platform", "Trap", "doc", "hookimpl", "hookspec"]
+__all__ = ["Cause", "Event", "Failure", "Ownership", "Platform", "Trap", "doc", "hookimpl", "hookspec"]
 
 hookspec = pluggy.HookspecMarker("spepolicy")
 hookimpl = pluggy.HookimplMarker("spepolicy")
@@ -82,6 +82,18 @@ class Event(IntEnum):
     IMPDEF = 4  # EC 0x1f, IMPLEMENTATION DEFINED buffer management event
     BUFFER_FULL = 5  # EC 0, BSC 1: with Ownership.KVM, once the guest's buffer is full
     TOO_LARGE = 6  # EC 0, BSC 4: larger than PMBIDR_EL1.MaxBuffSize (spe.md 1.8)
+
+
+class Failure(IntEnum):
+    """What KVM may do about a fault besides showing an `Event` (kvm.md 2.4). None of them is shipped as a default."""
+
+    SERROR = 1  # E3: an SError to the core; the guest's kernel panics
+    DISABLE = 2  # E5: no SPE for this guest from now on, which it is not told
+    RUN_ERROR = 3  # E6: KVM_RUN fails; the VMM ends the VM
+    IGNORE = 4  # E7: the guest sees PMBSR_EL1 as the hardware left it
+    COLLISION = 5  # E10: go on, and mark the gap as a collision (PMBSR_EL1.COLL)
+    HOST_PANIC = 6  # E11
+    SIDEBAND = 7  # E12: go on, and tell the guest of the blackout by a channel of its own
 
 
 class Cause(IntEnum):

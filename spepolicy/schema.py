@@ -239,6 +239,9 @@ class GuestSettings:
         per=PAGE_BYTES, power_of_two=True,
     )  # fmt: skip
     buffer_mapped: bool = _flag("stage 2 maps the AUX pages at the start: the guest has zeroed them", "buffer_mapped")
+    driver: str = _choice(
+        "whose SPE driver the guest has", ("linux", "freebsd", "windows"), "driver", "spe.md 3, kvm.md 4.1 G18"
+    )
     session: str = _choice("how perf opened the event", ("per_task", "per_cpu"), "session", "kvm.md 2.2, P9f")
     profile_user: bool = _flag("PMSCR_EL1.E0SPE", "profile_user", "spe.md 1.2")
     profile_kernel: bool = _flag("PMSCR_EL1.E1SPE", "profile_kernel", "spe.md 1.2")

@@ -26,7 +26,7 @@ from spepolicy.batch import Vcpus, Vms, tools
 from spepolicy.errors import ConfigurationError, HookError, SpePolicyError, UnsupportedPolicyError
 from spepolicy.hookspecs import Ownership, PolicySpec, Trap
 from spepolicy.jit import COMPILED, cache_dir
-from spepolicy.machine import own_buffer, toolbox, whole_vm
+from spepolicy.machine import answers, own_buffer, toolbox, whole_vm
 from spepolicy.machine.build import (
     Behaviour,
     allocate,
@@ -202,6 +202,9 @@ class _Kit:
 
     def inject(self, lanes: Ints, vcpus: Ints, event: int, data_loss: bool) -> None:
         toolbox.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
+
+    def fail(self, lanes: Ints, vcpus: Ints, failure: int) -> None:
+        answers.answer(self._m, lanes, vcpus, failure)
 
     def resume(self, lanes: Ints, vcpus: Ints) -> None:
         toolbox.resume(self._m, lanes, vcpus)
@@ -536,6 +539,7 @@ def compile_machine(say: Callable[[str], None]) -> None:
     own_buffer.start_own_buffer(handle, none, none, 0)
     own_buffer.copy_out(handle, none, none, 0)
     toolbox.tell_guest(handle, none, none, 0, 0)
+    answers.answer(handle, none, none, 1)
     toolbox.resume(handle, none, none)
     toolbox.score_claims(handle, none, none)
     whole_vm.pin_all(handle, none, 0)

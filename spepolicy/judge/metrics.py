@@ -348,6 +348,18 @@ _add(
     "Times that KVM refused to begin a migration because a vCPU had SPE on.",
     lambda v: v.vm["migration_refused"].astype(np.float64),
 )
+_add(
+    "vm_died_pct",
+    "%",
+    "100 if the VM ended before its time because of how a failure was answered, else 0.",
+    lambda v: 100.0 * (v.vm["died"] != 0),
+)
+_add(
+    "reported_blackout_ms_per_s",
+    "ms/s",
+    "Blackout of which the guest was told by a side channel, a wanted second.",
+    lambda v: ratio(v.sum("reported_ps") / 1e9, v.wanted_s),
+)
 _add("vmm_exits_per_s", "1/s", "Exits to the VMM because of SPE, a wanted second.", _per_wanted_s("vmm_exits"))
 _add(
     "stray_records",

@@ -68,6 +68,9 @@ def _log_window(m: Machine, i: int, k: int, end_ps: int) -> None:
     w.missed_ops = v.window_missed_ops
     w.cause = v.window_cause
     vm.window_count += 1
+    if v.reported != 0:
+        truth_row(m, i, k).reported_ps += v.window_ps
+        v.reported = 0
     log_at(m, i, k, end_ps, LIGHT, v.window_cause, v.window_ps, v.window_missed_ops)
     v.window_open = 0
 

@@ -31,6 +31,7 @@ from spepolicy.machine.linux_spe import (
     stop_sampling,
 )
 from spepolicy.machine.migration import gate
+from spepolicy.machine.other_drivers import freebsd_interrupt
 from spepolicy.machine.rows import (
     exponential,
     params,
@@ -40,6 +41,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.scenario import GuestDriver
 from spepolicy.machine.shadow import read_limit
 from spepolicy.machine.state import NEVER, Hook, Machine, Segment
 from spepolicy.machine.trace import VIRQ, ZERO, log
@@ -54,6 +56,7 @@ _IRQ_HANDLER = int(Segment.IRQ_HANDLER)
 _DONE = int(Segment.DONE)
 
 _NONE = int(Hook.NONE)
+_FREEBSD = int(GuestDriver.FREEBSD)
 _BUFFER_ENABLED = int(Hook.BUFFER_ENABLED)
 _PROFILING_ENABLED = int(Hook.PROFILING_ENABLED)
 _BUFFER_DISABLED = int(Hook.BUFFER_DISABLED)
@@ -283,7 +286,7 @@ def segment_end(m: Machine, i: int, k: int) -> int:
             v.phase_left_ps -= v.segment_ps
         if segment == _USER:
             v.syscall_left_ps -= v.segment_ps
-        if v.now_ps >= v.renew_next_ps and v.task == 0 and v.event_active != 0:
+        if v.now_ps >= v.renew_next_ps and v.task == 0 and (v.event_active | v.session_over) != 0:
             return _renew(m, i, k)
         _next_program_segment(m, i, k)
         return _NONE
@@ -311,7 +314,7 @@ def segment_end(m: Machine, i: int, k: int) -> int:
     if segment == _STOP:
         return _stopped(m, i, k)
     if segment == _IRQ_ENTRY:
-        enabled = handle_interrupt(m, i, k)
+        enabled = handle_interrupt(m, i, k) if par.driver != _FREEBSD else freebsd_interrupt(m, i, k)
         _driver_code(m, v, _IRQ_HANDLER, par.irq_handler_ps)
         return enabled_hooks(m, i, k, False) if enabled else _NONE
     if v.restart != 0 and v.resume_segment >= 0 and (v.task == 0 or par.session == 1):

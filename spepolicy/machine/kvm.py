@@ -12,6 +12,7 @@ from spepolicy.arch.registers import EC_STAGE2, PMBLIMITR_E, PMBSR_EC_MASK, PMBS
 from spepolicy.jit import jit
 from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.rows import exponential, params, truth_row, vcpu_row
+from spepolicy.machine.scenario import GuestDriver
 from spepolicy.machine.spu import drain
 from spepolicy.machine.state import NEVER, Hook, Machine
 from spepolicy.machine.trace import EXIT, INJECTED, INTERRUPT, ONE, TRAPPED, ZERO, log
@@ -19,6 +20,7 @@ from spepolicy.machine.trace import EXIT, INJECTED, INTERRUPT, ONE, TRAPPED, ZER
 _STAGE2_FAULT = int(Hook.STAGE2_FAULT)
 _OWN_BUFFER_FULL = int(Hook.OWN_BUFFER_FULL)
 _NONE = int(Hook.NONE)
+_WINDOWS = int(GuestDriver.WINDOWS)  # its driver has no handler: PMBIRQ stays masked (other_drivers)
 
 
 @jit
@@ -71,7 +73,7 @@ def inject(m: Machine, i: int, k: int, syndrome: int) -> None:
     # The hardware stays stopped until the guest has dealt with it (kvm.md 2.5, I3).
     v.guest_pmbsr = syndrome
     v.pmbsr = syndrome | PMBSR_S
-    v.virq = 1
+    v.virq = 1 if par.driver != _WINDOWS else 0
     log(m, i, k, INJECTED, ZERO, syndrome, ZERO)
     v.host_ps += par.inject_ps
     tr.event_total_ps += par.inject_ps
@@ -88,7 +90,7 @@ def take_interrupt(m: Machine, i: int, k: int) -> int:
     log(m, i, k, INTERRUPT, par.virtualized, ZERO, ZERO)
     if par.virtualized == 0:
         v.event_seen = 1
-        v.virq = 1
+        v.virq = 1 if par.driver != _WINDOWS else 0
         return _NONE
     if par.next_exit_only != 0:
         return _NONE

@@ -283,7 +283,7 @@ def stop_sampling(m: Machine, i: int, k: int) -> None:
 
 
 @jit
-def _collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
+def collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
     """arm_spe_pmu_buf_get_fault_act() and output_end(): close the handle. Return True if the event was anything but
     buffer full.
     """
@@ -312,13 +312,13 @@ def stop_buffer(m: Machine, i: int, k: int) -> None:
     if v.handle_open != 0:
         syndrome = visible_syndrome(par, v)
         access(m, i, k, 2, 1)  # PMBSR and PMBPTR; PMSICR to continue the interval next time
-        if syndrome & PMBSR_S != 0:
-            _collect(m, i, k, syndrome)
+        if syndrome & PMBSR_S != 0 and params(m, i).driver == 0:
+            collect(m, i, k, syndrome)
             clear_syndrome(v)
             log(m, i, k, REGISTER, REG_PMBSR, ZERO, ZERO)
             access(m, i, k, 1, 0)
         else:
-            _collect(m, i, k, (syndrome & PMBSR_COLL) | BSC_FULL)
+            collect(m, i, k, (syndrome & PMBSR_COLL) | BSC_FULL)
             clear_syndrome(v)
 
 
@@ -355,7 +355,7 @@ def handle_interrupt(m: Machine, i: int, k: int) -> bool:
             clear_syndrome(v)
         return False
     access(m, i, k, 1, 0)  # PMBPTR_EL1
-    fatal = _collect(m, i, k, syndrome)
+    fatal = collect(m, i, k, syndrome)
     # The flags are gone once the handle is closed; what perf was told is in event_active and in the syndrome.
     if fatal:
         tr.fatal += 1
@@ -401,7 +401,7 @@ def read_ring(m: Machine, i: int, k: int) -> None:
     log(m, i, k, READ, ZERO, v.aux_tail, v.aux_head)
     v.aux_tail = v.aux_head
     v.reader_ps = NEVER
-    if v.event_active == 0:
+    if v.event_active == 0 and v.session_over == 0:
         v.event_active = 1
         v.restart = 1
 
@@ -463,4 +463,5 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     v.aux_tail = 0
     v.aux_wakeup = 0
     v.reader_ps = NEVER
+    v.session_over = 0
     v.event_active = 1

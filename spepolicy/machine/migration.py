@@ -176,7 +176,7 @@ def _switch_off(m: Machine, i: int) -> None:
         v = vcpu_row(m, i, k)
         drain(m, i, k)
         hold_counter(v, v.now_ps)
-        v.spe_off = 1
+        v.spe_off = max(v.spe_off, 1)
         v.stop_cause = _CAUSE
 
 
@@ -204,7 +204,8 @@ def _set_free(m: Machine, i: int, now_ps: int) -> None:
     vm = vm_row(m, i)
     for k in range(params(m, i).vcpus):
         v = vcpu_row(m, i, k)
-        v.spe_off = 0
+        if v.spe_off == 1:
+            v.spe_off = 0
         if v.blocked != 0:
             truth_row(m, i, k).stalled_ps += now_ps - v.blocked_since_ps
             v.host_ps = max(v.host_ps, now_ps - v.now_ps)

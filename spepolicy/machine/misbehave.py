@@ -53,6 +53,7 @@ from spepolicy.machine.rows import (
     vcpu_row,
     vm_row,
 )
+from spepolicy.machine.scenario import GuestDriver
 from spepolicy.machine.shadow import read_limit, read_pointer, write_pointer
 from spepolicy.machine.spu import hold_counter, profiling_enabled
 from spepolicy.machine.state import NEVER, LostCause, Machine, Segment
@@ -71,6 +72,7 @@ _KERNEL, _START_SAMPLING = int(Segment.KERNEL), int(Segment.START_SAMPLING)
 _GUEST_ERROR = int(LostCause.GUEST_ERROR)
 _DONTNEED = int(HostOp.DONTNEED)
 _CAUSE_GUEST = 2
+_WINDOWS = int(GuestDriver.WINDOWS)
 
 # Columns of Machine.act.
 _ACT, _EVERY, _AT, _MOMENT, _TLBI, _PAGES = range(6)
@@ -313,7 +315,7 @@ def forge_event(m: Machine, i: int, k: int, syndrome: int) -> None:
     if par.virtualized != 0 and par.trap_pmb != 0:
         v.guest_pmbsr = v.pmbsr
         v.event_seen = 1
-        v.virq = 1
+        v.virq = 1 if par.driver != _WINDOWS else 0
     else:
         v.event_seen = 0
         v.irq_ps = v.now_ps + par.irq_latency_ps

@@ -23,6 +23,7 @@ __all__ = [
     "Cpu",
     "ExternalAbort",
     "Guest",
+    "GuestDriver",
     "Handling",
     "Host",
     "HostKind",
@@ -52,6 +53,14 @@ class HostKind(IntEnum):
     SILENT = 0
     RANDOM = 1
     RECORDED = 2
+
+
+class GuestDriver(IntEnum):
+    """Whose SPE driver the guest has: spepolicy.machine.linux_spe and other_drivers."""
+
+    LINUX = 0
+    FREEBSD = 1
+    WINDOWS = 2
 
 
 class MigrationKind(IntEnum):
@@ -155,6 +164,7 @@ class Guest:
     ram_base: int = 0x4000_0000
     buffer_pages: int = 1024  # AUX ring of each vCPU, power of two, 4..16384
     buffer_mapped: bool = True  # stage 2 maps the AUX pages at the start: the kernel zeroed them when it allocated them
+    driver: GuestDriver = GuestDriver.LINUX
     session: SessionMode = SessionMode.PER_TASK
     profile_user: bool = True  # PMSCR_EL1.E0SPE
     profile_kernel: bool = True  # PMSCR_EL1.E1SPE

@@ -104,6 +104,7 @@ _PARAMS = [
     "zone_movable",
     "recording_span_ps",
     "acts",
+    "driver",
     "migration_kind",
     "migration_handling",
     "migration_start_ps",
@@ -179,6 +180,7 @@ migration_gate      Handling by which KVM exits to the VMM before it enters a vC
 blocked             vCPUs that the VMM holds
 startup_ps          time spent in vm_created
 locked              1: the VMM has mlocked the guest's memory
+died                0, or Failure by which the VM ended early: a panic, an error of KVM_RUN, the host's end
 dirty_logging       1: KVM logs dirty pages
 window_count        rows in the blackout window log
 log_count           rows appended to the event log, those that did not fit included
@@ -243,7 +245,9 @@ moved               times that a page of the buffer was remapped or migrated
 table_freed         level 2 descriptor of the stage 1 table that was unlinked, 0 if none
 table_freed_va      VA that it translates
 reader_ps           guest time at which perf has consumed what it was woken for
-spe_off             1: KVM keeps SPE off behind the guest's back
+spe_off             1: KVM keeps SPE off behind the guest's back, for a migration; 2: for good
+reported            1: the guest is told of the blackout that is open by a side channel
+session_over        1: the guest's driver has ended the session after an error, for good
 blocked             1: the VMM holds the vCPU
 blocked_since_ps    host time
 segment             SEG_*: what the guest executes
@@ -351,6 +355,8 @@ injected_full
 injected_too_large
 forged_loss         DL=1 told to the guest although no record was cut
 resumed_cut         faults with DL=1 that were resumed: a cut record stays in the stream
+answered_otherwise  failures that KVM answered without an event in PMBSR_EL1 (spepolicy.machine.answers)
+reported_ps         blackout of which the guest was told by a side channel
 vmm_exits           exits to the VMM because of SPE
 stalled_ps          host time for which the VMM held the vCPU
 refused             sessions that the policy refused for the memlock limit

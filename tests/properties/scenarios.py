@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from spepolicy.drivers.simulate import Result
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
-from spepolicy.machine.scenario import Cpu, Host, IrqDelivery, Scenario, SessionMode
+from spepolicy.machine.scenario import (
+    Cpu,
+    GuestDriver,
+    Handling,
+    Host,
+    IrqDelivery,
+    Migration,
+    MigrationKind,
+    Scenario,
+    SessionMode,
+)
 from spepolicy.testing.scenes import DISTURBING as DISTURBING
 from spepolicy.testing.scenes import MS as MS
 from spepolicy.testing.scenes import OPERATIONS as OPERATIONS
@@ -68,6 +78,16 @@ def random_host(rng: random.Random) -> Host:
     )  # fmt: skip
 
 
+def random_migration(rng: random.Random) -> Migration:
+    """Draw a migration in the middle of the run, or none."""
+    return Migration(
+        kind=rng.choice([MigrationKind.NONE, *MigrationKind]), handling=rng.choice(list(Handling)), start_ps=300 * US,
+        bandwidth_bytes_per_us=20_000, max_downtime_ps=20 * US, rounds=4, switch_ps=50 * US, dirty_bytes_per_us=5000,
+        working_set_pages=200, retry_ps=20 * US, request_ps=10 * US, abort=rng.random() < 0.3,
+        cancel_round=rng.choice([0, 0, 2]),
+    )  # fmt: skip
+
+
 def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
     """Draw a policy with its fields and a scenario."""
     largest = rng.choice([64, 128, 256])
@@ -83,6 +103,7 @@ def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
     the_guest = guest(
         vcpus=rng.choice([1, 1, 2]), buffer_pages=rng.choice([2, 4, 16]), buffer_mapped=rng.random() < 0.7,
         session=rng.choice(list(SessionMode)), profile_user=user, profile_kernel=not user or rng.random() < 0.8,
+        driver=rng.choice([GuestDriver.LINUX, *GuestDriver]),
         period_ops=rng.choice([256, 512, 1024]), jitter=rng.random() < 0.5, type_filter=rng.choice([0, 0, 1, 6]),
         event_filter=rng.choice([0, 0, 4]), min_latency_cycles=rng.choice([0, 0, 20]),
         renew_ps=rng.choice([0, 0, 400 * US]), task_off_ps=rng.choice([0, 60 * US]),
@@ -103,5 +124,13 @@ def random_scenario(rng: random.Random) -> tuple[str, dict[str, Any], Scenario]:
     return (
         name,
         fields,
-        scenario(duration_ps=MS, cpu=cpu, guest=the_guest, kvm=the_kvm, host=host, seed=rng.randrange(1000)),
+        scenario(
+            duration_ps=MS,
+            migration=random_migration(rng),
+            cpu=cpu,
+            guest=the_guest,
+            kvm=the_kvm,
+            host=host,
+            seed=rng.randrange(1000),
+        ),
     )
