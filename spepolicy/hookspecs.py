@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spepolicy.batch import Vcpus, Vms
+    from spepolicy.explore.added import AddedProperty
     from spepolicy.judge.errata import Erratum, Findings
     from spepolicy.machine.hostops import Notifier
 
@@ -303,6 +304,19 @@ class ReporterSpec:
 
         `findings` is read-only: the policy's name, the SPE version, and for each kind of observation the count and its
         first occurrence. An exception is logged with the plugin's name and does not lose the results.
+        """
+
+
+class ExplorerSpec:
+    """Hooks of plugins that add to `task=explore`. All implementations are called; results are concatenated."""
+
+    @hookspec
+    def explore_properties(self) -> Sequence[AddedProperty] | None:
+        """Return properties that must hold in every state of an exploration. Once per policy that is explored.
+
+        Each is a `spepolicy.explore.added.AddedProperty`: a name, the rule, its source, and a function that is given a
+        batch of n states and returns bool[n], True where the property is broken. It is called once per batch of new
+        states, and may read all of them; the shortest trace to a state where it is broken is reported.
         """
 
 

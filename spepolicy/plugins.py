@@ -19,7 +19,7 @@ import numpy as np
 import pluggy
 
 from spepolicy.errors import ConfigurationError, HookError, PluginError, SpePolicyError, UnknownPolicyError, nearest
-from spepolicy.hookspecs import ObserverSpec, Ownership, PolicySpec, ReporterSpec
+from spepolicy.hookspecs import ExplorerSpec, ObserverSpec, Ownership, PolicySpec, ReporterSpec
 from spepolicy.policy_fields import checked_policy_fields, fields_of
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 POLICIES = "spepolicy.policies"
 REPORTERS = "spepolicy.reporters"
 PROJECT = "spepolicy"  # pluggy's project name, as in spepolicy.hookspecs
-_SPECS = (PolicySpec, ReporterSpec, ObserverSpec)
+_SPECS = (PolicySpec, ReporterSpec, ExplorerSpec, ObserverSpec)
 
 
 @dataclass(frozen=True)

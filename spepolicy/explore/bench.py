@@ -69,10 +69,10 @@ class Bench:
 
     def __init__(self, model: Model, lanes: int = _LANES) -> None:
         from spepolicy.platforms import why_unsupported
-        from spepolicy.plugins import make_plugin_manager
+        from spepolicy.plugins import installed_reporters, make_plugin_manager
 
         self.model = model
-        self.manager = make_plugin_manager(model.policy, ())
+        self.manager = make_plugin_manager(model.policy, list(installed_reporters().values()))
         self.behaviour: Behaviour = behaviour_of(model.policy, self.manager)
         scenario = model.scenario
         reason = why_unsupported(self.manager, scenario, model.name)

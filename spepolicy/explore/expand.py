@@ -160,6 +160,13 @@ def finish(
 
 
 @entry
+def decode_all(blob: Ints, starts: Ints, base: Ints, stored: Ints, map_words: int, images: Ints) -> None:
+    """Fill *images* int64[n, words] with the states of a block."""
+    for s in range(starts.shape[0]):
+        decode(blob, starts[s], base, stored, map_words, images[s])
+
+
+@entry
 def put(views: Any, layout: Any, i: int, image: Ints) -> None:
     """Put lane *i* into the state *image*."""
     at, par_at, pool_at, _base, _plain, _stored, _leaf1, _leaf2, _pairs, sizes = layout

@@ -49,6 +49,7 @@ class Kind(IntEnum):
     IMPOSSIBLE_CLAIM = 14
     LIVELOCK = 15
     BLACKOUT_BUG = 17
+    ADDED = 18  # by a plugin: spepolicy.explore.added
     PINS_LONG = 16  # no property: the explorer's own limit
 
 

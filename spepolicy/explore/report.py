@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spepolicy.explore.acts import Budget
 from spepolicy.explore.model import Settings
-from spepolicy.explore.properties import PROPERTIES, property_of
+from spepolicy.explore.properties import PROPERTIES
 from spepolicy.explore.search import Found, Outcome
 
 __all__ = ["Explored", "summary", "verdict_rows"]
@@ -32,13 +32,13 @@ def _holds(outcome: Outcome) -> str:
 
 def verdict_rows(explored: Explored) -> Iterator[tuple[str, str]]:
     """Yield (property, verdict): what holds and how far, or after how many steps it is broken."""
-    for rule in PROPERTIES:
-        steps = [len(found.events) for found, _, _ in explored.traces if rule is property_of(found.kind)]
-        yield rule.name, f"broken in {min(steps)} steps" if steps else _holds(explored.outcome)
+    for name in (*(rule.name for rule in PROPERTIES), *(rule.name for rule in explored.outcome.added)):
+        steps = [len(found.events) for found, _, _ in explored.traces if found.rule.name == name]
+        yield name, f"broken in {min(steps)} steps" if steps else _holds(explored.outcome)
 
 
 def _table(explored: Sequence[Explored]) -> list[str]:
-    columns = [["property", *(rule.name for rule in PROPERTIES)]]
+    columns = [["property", *(name for name, _ in verdict_rows(explored[0]))]]
     columns += [[e.policy, *(verdict for _, verdict in verdict_rows(e))] for e in explored]
     widths = [max(len(cell) for cell in column) for column in columns]
     rows = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from spepolicy.explore import expand as x
 from spepolicy.explore.acts import Act, Event
+from spepolicy.explore.added import AddedProperty, States, added_properties
 from spepolicy.explore.bench import Bench, Model, Unfolded
 from spepolicy.explore.checkpoint import fingerprint, load, save
 from spepolicy.explore.frontier import Block, Frontier
-from spepolicy.explore.properties import KINDS, Kind, detail_of
+from spepolicy.explore.properties import KINDS, Kind, Property, detail_of, property_of
 from spepolicy.explore.visited import EVENT_BITS, Visited
 
 Ints = NDArray[np.int64]
@@ -52,6 +53,19 @@ class Found:
     detail: int  # the host operation, or the claim: see properties.detail_of
     events: tuple[Event, ...]
     cycle: int = 0  # the last so many events repeat for ever
+    added: AddedProperty | None = None  # by a plugin; else `kind` says which property it is
+
+    @property
+    def rule(self) -> Property:
+        """The property that is broken."""
+        if self.added is not None:
+            return Property(self.added.name, self.added.rule, self.added.source, (Kind.ADDED,))
+        return property_of(self.kind)
+
+    @property
+    def text(self) -> str:
+        """How it is broken."""
+        return f"{self.added.name} does not hold" if self.added is not None else KINDS[self.kind].text
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class Outcome:
     stopped_by: str = ""  # the bound that ended the search
     left: int = 0  # states that were found and not unfolded
     found: list[Found] = field(default_factory=list)
+    added: tuple[AddedProperty, ...] = ()  # what plugins have added to the properties
     levels: list[int] = field(default_factory=list)  # new states by depth
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -134,6 +149,9 @@ class _Search:
         self.spill_dir = spill_dir
         self.frontier, self.following = self._empty(), self._empty()
         self.done = 0  # states of the level that have been unfolded
+        self.image, self.base = first.image, first.base
+        self.added = added_properties(first.manager)
+        self.outcome.added = self.added
         self.mark = fingerprint(model, first.base)
         start = np.zeros(first.image.map_words, dtype=np.int64)  # the initial state differs from itself in nothing
         self.visited.add_first(*first.hash_of(first.base))
@@ -237,7 +255,9 @@ class _Search:
         numbers = self.visited.insert(unit.first, result.out, count, result.blob, words, starts, position)
         used, states = int(position[0]), int(position[1])
         if states:
-            self.following.append(Block(words[:used].copy(), starts[:states].copy(), first))
+            block = Block(words[:used].copy(), starts[:states].copy(), first)
+            self.following.append(block)
+            self._check_added(block)
             self.outcome.levels[-1] += states
         rows = result.out[:count]
         self._note(unit, rows)
@@ -269,6 +289,21 @@ class _Search:
         if kind is Kind.LEAK:
             events = (*events, VM_END)
         self.outcome.found.append(Found(kind, detail, events))
+
+    def _check_added(self, block: Block) -> None:
+        """Check what plugins have added on the new states of *block*."""
+        left = [(n, rule) for n, rule in enumerate(self.added) if (Kind.ADDED, n) not in self.keys]
+        if not left:
+            return
+        images = np.empty((len(block.starts), self.image.words), dtype=np.int64)
+        x.decode_all(block.words, block.starts, self.base, self.image.stored, self.image.map_words, images)
+        states = States(images, self.image)
+        for n, rule in left:
+            broken = rule.check(states)
+            if broken.any():
+                self.keys.add((Kind.ADDED, n))
+                events = self._path(block.first + int(np.argmax(broken)))
+                self.outcome.found.append(Found(Kind.ADDED, n, events, added=rule))
 
     def _path(self, number: int, *more: int) -> tuple[Event, ...]:
         return tuple(self.model.events[e] for e in (*self.visited.path(number), *more))
@@ -316,7 +351,8 @@ class _Search:
         events = (*self.model.events, VM_END)
         for kind, detail, way in about["found"]:
             self.keys.add((Kind(kind), detail))
-            outcome.found.append(Found(Kind(kind), detail, tuple(events[e] for e in way)))
+            added = self.added[detail] if kind == Kind.ADDED else None
+            outcome.found.append(Found(Kind(kind), detail, tuple(events[e] for e in way), added=added))
 
     def _find_livelock(self) -> None:
         cycle = self.livelocks.cycle()

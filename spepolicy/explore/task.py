@@ -15,7 +15,7 @@ from spepolicy.explore import scenario as files
 from spepolicy.explore.acts import event_name
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.model import Settings, make_model
-from spepolicy.explore.properties import KINDS, Kind, property_of
+from spepolicy.explore.properties import KINDS, Kind
 from spepolicy.explore.report import Explored, summary, verdict_rows
 from spepolicy.explore.search import INTERRUPTED, Bounds, Found, Outcome, Progress, search
 from spepolicy.explore.trace import replay, trace_text
@@ -151,6 +151,8 @@ def _progress(say: Callable[[str], None]) -> Callable[[Progress], None] | None:
 
 def detail_text(found: Found) -> str:
     """Return what tells traces of one kind apart, as text; empty where there is nothing to tell."""
+    if found.added is not None:
+        return found.added.name
     if KINDS[found.kind].by_host:
         return HostOp(found.detail).name.lower() if found.detail else ""
     return f"claims {Cause(found.detail).name}" if found.kind is Kind.IMPOSSIBLE_CLAIM else ""
@@ -166,18 +168,16 @@ def _written(name: str, policy: object, outcome: Outcome, settings: Settings, fo
         detail = detail_text(found)
         stem = "-".join(part.replace(" ", "_") for part in (name, found.kind.name.lower(), detail.lower()) if part)
         run = replay(bench, found.events, found.cycle)
-        if found.kind not in run.kinds():
+        if found.rule.name not in run.broken():
             raise AssertionError(f"trace {stem} does not show its violation when it is run again: a bug in explore")
-        title = (
-            f"{property_of(found.kind).name}: {KINDS[found.kind].text}{f' ({detail})' if detail else ''}, under {name}"
-        )
+        title = f"{found.rule.name}: {found.text}{f' ({detail})' if detail else ''}, under {name}"
         text = trace_text(run, title, found.cycle)
         path = output.write_text(folder / f"{stem}.txt", text)
         fields = asdict(policy) if is_dataclass(policy) and not isinstance(policy, type) else {}
         content = files.Scenario(
             name=stem,
             title=title,
-            source=f"found by task=explore; {property_of(found.kind).source}",
+            source=f"found by task=explore; {found.rule.source}",
             settings=settings,
             events=tuple(event_name(event) for event in found.events),
             verdicts=(files.Verdict(name, tuple(run.broken()), fields),),
@@ -204,7 +204,7 @@ def _as_json(explored: list[Explored]) -> dict[str, Any]:
             "properties": dict(verdict_rows(e)),
             "violations": [
                 {
-                    "property": property_of(found.kind).name,
+                    "property": found.rule.name,
                     "kind": found.kind.name.lower(),
                     "detail": detail_text(found),
                     "steps": len(found.events),
@@ -226,7 +226,7 @@ def _record(explored: Explored, config: Mapping[str, Any], text: str, results: l
     outcome = explored.outcome
     steps: dict[str, float] = {}
     for found, _text, _path in explored.traces:
-        key = f"steps_to_break/{property_of(found.kind).name}"
+        key = f"steps_to_break/{found.rule.name}"
         steps[key] = min(steps.get(key, float("inf")), len(found.events))
     shown = {key: value for key, value in config.items() if key in ("explore", "cpu", "kvm")}
     depths = outcome.levels[:: -(-len(outcome.levels) // 100) or 1]

@@ -21,8 +21,9 @@ from spepolicy.arch.registers import (
     PMBSR_S,
 )
 from spepolicy.explore.acts import SESSION_NAMES, Act, Event, Target, event_name
+from spepolicy.explore.added import AddedProperty, States, added_properties
 from spepolicy.explore.bench import Bench
-from spepolicy.explore.properties import KINDS, Kind, property_of
+from spepolicy.explore.properties import KINDS, Kind, Property, property_of
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.hostpage import EMPTY, FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED
 from spepolicy.machine.state import Hook, Segment
@@ -51,6 +52,7 @@ class Step:
     policy: str = ""  # what the policy was asked and what it did
     changes: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
+    added: tuple[AddedProperty, ...] = ()  # properties of plugins that do not hold afterwards, and did before
 
 
 @dataclass
@@ -64,8 +66,8 @@ class Replay:
         """Return the properties that were broken, each with the number of the step, from 1."""
         found: dict[str, int] = {}
         for number, step in enumerate(self.steps, 1):
-            for kind in step.kinds:
-                found.setdefault(property_of(kind).name, number)
+            for name in (*(property_of(kind).name for kind in step.kinds), *(rule.name for rule in step.added)):
+                found.setdefault(name, number)
         return found
 
     def kinds(self) -> set[Kind]:
@@ -82,6 +84,8 @@ def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
     before = _State(bench)
     result = Replay(initial=before.lines())
     known = list(bench.model.events)
+    rules = added_properties(bench.manager)
+    broken: set[AddedProperty] = set()
     hashes = [bench.hash_of(bench.state())]
     for event in events:
         possible = event.act is Act.VM_END or (event in known and bool(bench.possible()[known.index(event)]))
@@ -93,13 +97,25 @@ def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
         bits, hooks = bench.step(event)
         after = _State(bench)
         kinds = [kind for kind in KINDS if bits >> kind & 1]
-        hashes.append(bench.hash_of(bench.state()))
+        image = bench.state()
+        hashes.append(bench.hash_of(image))
+        states = States(image[None, :], bench.image)
+        now = {rule for rule in rules if rule.check(states)[0]}
         if cycle and len(hashes) == len(events) + 1 and hashes[-1] == hashes[-1 - cycle]:
             kinds.append(Kind.LIVELOCK)
         result.steps.append(
-            Step(event, True, actor, text, _policy_text(bench, hooks), before.differences(after), tuple(kinds))
+            Step(
+                event,
+                True,
+                actor,
+                text,
+                _policy_text(bench, hooks),
+                before.differences(after),
+                tuple(kinds),
+                tuple(rule for rule in rules if rule in now - broken),
+            )
         )
-        before = after
+        before, broken = after, now
     return result
 
 
@@ -318,8 +334,11 @@ def trace_text(run: Replay, title: str, cycle: int = 0) -> str:
         if step.policy:
             lines.append(f"       KVM: {step.policy}")
         lines += [f"       {line}" for line in step.changes]
-        for kind in step.kinds:
-            rule = property_of(kind)
-            lines.append(f"     * {rule.name} is broken: {KINDS[kind].text}.")
+        told: list[tuple[str, Property | AddedProperty]] = [
+            (KINDS[kind].text, property_of(kind)) for kind in step.kinds
+        ]
+        told += [("it does not hold", rule) for rule in step.added]
+        for text, rule in told:
+            lines.append(f"     * {rule.name} is broken: {text}.")
             lines.append(f"       Rule: {rule.rule}. Source: {rule.source}.")
     return "\n".join(lines) + "\n"

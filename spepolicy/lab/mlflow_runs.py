@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["mlflow_runs"]
 
-_NOT_COMPARED = ("tracking", "output")  # where results go does not say what they are
+_NOT_COMPARED = ("tracking", "output", "explore")  # neither where results go, nor what another task does
 
 
 def mlflow_runs(plan: Plan, report: Report, start_ms: int) -> list[RunRecord]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spepolicy import batch
-from spepolicy.hookspecs import ObserverSpec, PolicySpec, ReporterSpec
+from spepolicy.hookspecs import ExplorerSpec, ObserverSpec, PolicySpec, ReporterSpec
 from spepolicy.lab.about import DOCSTRING_PARTS
 from spepolicy.plugins import installed_policies
 from spepolicy.testing import CHECKS
@@ -30,7 +30,7 @@ OFFERED = {
 
 def hooks() -> dict[str, Any]:
     """Return the specification of every hook by name."""
-    members = [item for spec in (PolicySpec, ReporterSpec, ObserverSpec) for item in vars(spec).items()]
+    members = [item for spec in (PolicySpec, ReporterSpec, ExplorerSpec, ObserverSpec) for item in vars(spec).items()]
     return {name: member for name, member in members if hasattr(member, "spepolicy_spec")}
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from spepolicy.batch import Vcpus, Vms
+from spepolicy.errors import HookError
 from spepolicy.explore.acts import Event, event_name
+from spepolicy.explore.added import AddedProperty
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.properties import Kind
 from spepolicy.explore.search import Bounds, Found, Outcome, search
@@ -247,6 +249,43 @@ def test_a_bare_guest_writes_registers_as_it_likes() -> None:
     assert not ways(outcome, Kind.OUTSIDE)
     (found,) = ways(outcome, Kind.BLACKOUT)
     assert {"enable 0", "eret", "write"} & set(names(found))
+
+
+# ---- properties of plugins ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watched(PinWhileEnabled):
+    """The same, with properties of its own."""
+
+    @hookimpl
+    def explore_properties(self) -> list[AddedProperty]:
+        return [
+            AddedProperty("nothing_pinned", "no page is pinned", "a test", lambda s: s.vm("pinned_pages") != 0),
+            AddedProperty("one_vm", "there is a VM", "a test", lambda s: s.vcpu("level") > 1),
+        ]
+
+
+def test_a_plugin_adds_properties() -> None:
+    outcome = search_instance(Watched(), 5)
+    (found,) = ways(outcome, Kind.ADDED)
+    assert (found.rule.name, names(found)) == ("nothing_pinned", ["open {1,1}"])
+    run = replay(Bench(outcome.model, 1), found.events)
+    assert run.broken() == {"nothing_pinned": 1}
+
+
+@dataclass
+class Careless(PinWhileEnabled):
+    """With a property that returns nonsense."""
+
+    @hookimpl
+    def explore_properties(self) -> list[AddedProperty]:
+        return [AddedProperty("nonsense", "", "", lambda s: s.vm("pinned_pages"))]  # type: ignore[arg-type,return-value]
+
+
+def test_a_property_that_returns_nonsense_is_named() -> None:
+    with pytest.raises(HookError, match="property 'nonsense' returned int64"):
+        search_instance(Careless(), 2)
 
 
 # ---- traces ---------------------------------------------------------------------------------------------------------
