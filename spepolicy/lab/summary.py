@@ -10,8 +10,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from spepolicy.judge.attribution import bug_table, judge_bug
 from spepolicy.judge.blackout import CAUSES
 from spepolicy.lab.tracking import without_password
+from spepolicy.machine.scenario import Bug
 
 if TYPE_CHECKING:
     from spepolicy.judge.metrics import Measured
@@ -48,6 +50,7 @@ def summarize(report: Report) -> str:
     if report.chosen in measured:
         lines += [*_table(report.chosen, measured), ""]
         lines += [*_errata(report), ""]
+        lines += _bug(report)
     else:
         lines += ["No replicate finished, so there is nothing to compare.", ""]
     for note in report.notes:
@@ -131,6 +134,14 @@ def _errata(report: Report) -> list[str]:
         text = f"  {erratum.id:<12} {erratum.severity:<7} x{erratum.count:<8} {erratum.title}"
         lines.append(text if len(text) <= WIDTH else text[: WIDTH - 3] + "...")
     return lines
+
+
+def _bug(report: Report) -> list[str]:
+    """Where a bug of KVM was injected: can each policy tell its faults from legitimate ones?"""
+    if report.scenario.kvm.bug == Bug.NONE:
+        return []
+    verdicts = {name: judge_bug(v.result) for name, v in report.verdicts.items() if v.findings.virtualized}
+    return [*bug_table(verdicts), ""]
 
 
 def _places(report: Report) -> list[str]:

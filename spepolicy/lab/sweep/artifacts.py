@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spepolicy.judge.errata_page import matrix_as_markdown
 from spepolicy.judge.metrics import METRICS
 from spepolicy.lab import output
 from spepolicy.lab.sweep.identity import provenance
@@ -90,6 +91,16 @@ def _errata(summary: SweepSummary, path: Path) -> Path | None:
     return output.write_json(path, content)
 
 
+def _errata_table(summary: SweepSummary, path: Path) -> Path | None:
+    """Policy (with what differs) by SPE version by erratum."""
+    runs = [
+        (outcome.label(), outcome.findings.spe_version, outcome.errata)
+        for outcome in summary.outcomes.values()
+        if outcome.findings.virtualized
+    ]
+    return output.write_text(path, matrix_as_markdown(runs)) if runs else None
+
+
 def _sweep(summary: SweepSummary, path: Path) -> Path | None:
     """What was asked for, what failed, where the rows are, and where and with what they were computed."""
     plan = summary.plan
@@ -135,6 +146,7 @@ WRITERS: dict[str, Writer] = {
     "differences.csv": _differences,
     "sensitivity.csv": _sensitivity,
     "errata.json": _errata,
+    "errata_table.md": _errata_table,
     "report.html": _report,
 }
 """File name -> what writes it. Those that find nothing to write return None."""
