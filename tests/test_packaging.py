@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"spepolicy": "spepolicy", "plugins": "spepolicy_plugins", "conf": "spepolicy_conf"}
+PACKAGES = {
+    "spepolicy": "spepolicy",
+    "plugins": "spepolicy_plugins",
+    "conf": "spepolicy_conf",
+    "tests/catalogue": "spepolicy_catalogue",
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in (*PACKAGES, "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
-            subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+            (source / name).parent.mkdir(exist_ok=True)
+            subprocess.run(["cp", "-r", str(ROOT / name), str((source / name).parent)], check=True)
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
