@@ -29,7 +29,7 @@ from spepolicy.lab.sweep.statistics import Paired, differences, half_widths, par
 from spepolicy.lab.sweep.store import Store, now_utc
 from spepolicy.lab.sweep.tracking import Recorder
 from spepolicy.lab.sweep.work import Part, Rows, Task
-from spepolicy.lab.tracking import Tracked, TrackingSettings
+from spepolicy.lab.tracking import Tracked, TrackingSettings, without_password
 
 if TYPE_CHECKING:
     from spepolicy.lab.sweep.engines import Engine
@@ -383,7 +383,21 @@ class _Sweep:
             summary.tracked = self.recorder.finish(summary)
             summary.tracking_error, summary.tracking_s = self.recorder.error, self.recorder.seconds
             summary.seconds = time.perf_counter() - begin + compose_s
+            self._say_where(summary)
         return summary
+
+    def _say_where(self, summary: SweepSummary) -> None:
+        """Write what became of tracking: the one file that cannot be tracked itself."""
+        tracked = summary.tracked
+        content = {
+            "uri": without_password(tracked.uri) if tracked else "",
+            "link": tracked.link() if tracked else "",
+            "error": summary.tracking_error,
+            "tracking_s": round(summary.tracking_s, 3),
+            "seconds": round(summary.seconds, 3),
+        }
+        path = output.write_json(self.plan.folder / "tracking.json", content)
+        summary.files[path.name] = path
 
     def _failed_jobs(self) -> Iterable[Failure]:
         """Name every job whose lanes, or whose baseline's lanes, failed."""

@@ -60,6 +60,7 @@ def _title(summary: SweepSummary) -> str:
         f"{len(chosen):,} configurations, {lanes:,} lanes"
         + (f" ({stored:,} of them from the store)" if stored > 0 else "")
         + f" in {summary.seconds:.1f} s: {summary.compose_s:.1f} s composing, {summary.simulate_s:.1f} s simulating"
+        + (f", {summary.tracking_s:.1f} s of MLflow beside it" if summary.tracking_s else "")
     )
     if summary.interrupted:
         text += f"\nINTERRUPTED: {summary.lanes - lanes:,} lanes are missing. Go on with sweep.resume=true."
