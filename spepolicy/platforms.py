@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from spepolicy.errors import HookError, SpePolicyError
@@ -20,7 +21,7 @@ def platform_of(scenario: Scenario) -> Platform:
     cpu, guest, kvm, host = scenario.cpu, scenario.guest, scenario.kvm, scenario.host
     ops = {op for op, _, _ in host.random_ops}
     if host.recording is not None:
-        ops |= {int(op) for op in set(host.recording.op.tolist())}  # type: ignore[attr-defined]
+        ops |= _recorded_ops(host.recording)
     return Platform(
         spe_version=cpu.spe_version,
         fine_grained_traps=cpu.fine_grained_traps,
@@ -34,6 +35,11 @@ def platform_of(scenario: Scenario) -> Platform:
         numa_balancing=bool(ops & {HostOp.NUMA_SCAN, HostOp.NUMA_MIGRATE}),
         ksm=HostOp.KSM in ops,
     )
+
+
+@lru_cache(maxsize=16)
+def _recorded_ops(recording: Any) -> frozenset[int]:
+    return frozenset(recording.op.tolist())
 
 
 def reason_not_to_run(policy: object, name: str, scenario: Scenario) -> str | None:

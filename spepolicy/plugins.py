@@ -64,10 +64,7 @@ class _Scan:
 
 def installed_policies() -> dict[str, PolicyInfo]:
     """Return every usable policy by the name of its entry point in group `spepolicy.policies`, sorted by name."""
-    return {
-        name: PolicyInfo(name, cls, _first_line(cls), *_origin(point))
-        for name, (cls, point) in _policies().found.items()
-    }
+    return dict(_infos(tuple(sys.path)))
 
 
 def installed_reporters() -> dict[str, object]:
@@ -116,6 +113,15 @@ def build_policy(name: str, fields: Mapping[str, Any]) -> object:
             f"See what it allows with: python -m spepolicy +policy={name} --help"
         ) from error
     return policy
+
+
+@lru_cache(maxsize=8)
+def _infos(path: tuple[str, ...]) -> Mapping[str, PolicyInfo]:
+    """Reading what is known of a distribution parses its metadata: once is enough, a sweep asks a thousand times."""
+    return {
+        name: PolicyInfo(name, cls, _first_line(cls), *_origin(point))
+        for name, (cls, point) in _scan(POLICIES, path).found.items()
+    }
 
 
 def _policies() -> _Scan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 
 from spepolicy.errors import ConfigurationError
 
@@ -69,7 +70,7 @@ def parse_duration(value: object, key: str) -> int:
     *key* is the name of the setting, for the message. Raises `ConfigurationError` for a missing or wrong unit, and for
     a number that is negative, not finite, or not a whole number of picoseconds.
     """
-    return _parse(value, key, "duration", DURATION_UNITS, "ps", "1.5us")
+    return _parsed_duration(value, key) if isinstance(value, str) else _duration(value, key)
 
 
 def parse_size(value: object, key: str) -> int:
@@ -77,7 +78,20 @@ def parse_size(value: object, key: str) -> int:
 
     Units are powers of two only, so that 4MB cannot be mistaken. Errors as in `parse_duration`.
     """
+    return _parsed_size(value, key) if isinstance(value, str) else _size(value, key)
+
+
+def _duration(value: object, key: str) -> int:
+    return _parse(value, key, "duration", DURATION_UNITS, "ps", "1.5us")
+
+
+def _size(value: object, key: str) -> int:
     return _parse(value, key, "size", SIZE_UNITS, "B", "4MiB")
+
+
+# The jobs of a sweep say the same texts thousands of times, and so do the bounds of the schema.
+_parsed_duration = lru_cache(maxsize=4096)(_duration)
+_parsed_size = lru_cache(maxsize=4096)(_size)
 
 
 def parse_count(value: object, key: str) -> int:

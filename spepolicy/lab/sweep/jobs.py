@@ -17,7 +17,7 @@ from spepolicy.lab.run import BARE_METAL, BASELINE, CHOSEN
 from spepolicy.lab.sweep.compose import Composer
 from spepolicy.lab.sweep.identity import PolicyChoice, config_hash, scenario_hash
 from spepolicy.machine.scenario import Scenario
-from spepolicy.platforms import reason_not_to_run
+from spepolicy.platforms import reason_not_to_run, why_unsupported
 
 __all__ = ["Configuration", "Failure", "Job", "configurations_of", "make_jobs", "one_for_all"]
 
@@ -82,7 +82,7 @@ def make_jobs(
 ) -> tuple[list[Job], list[Failure]]:
     """Compose and check every job. What is wrong with one is told with its overrides, and does not stop the others."""
     jobs, failures = [], []
-    chosen: dict[str, PolicyChoice] = {}
+    chosen: dict[str, tuple[PolicyChoice, Any]] = {}  # with the manager of its plugins
     for number, overrides in enumerate(job_overrides, first_number):
         try:
             jobs.append(_make_job(composer, number, tuple(overrides), chosen))
@@ -93,19 +93,22 @@ def make_jobs(
     return jobs, failures
 
 
-def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chosen: dict[str, PolicyChoice]) -> Job:
+def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chosen: dict[str, Any]) -> Job:
     from spepolicy.launch import chosen_policy
+    from spepolicy.plugins import make_plugin_manager
 
     config = composer.compose(overrides)
     name, fields = chosen_policy(config)
     key = f"{name} {fields}"
     if key not in chosen:
-        chosen[key] = PolicyChoice.of(name, fields)
+        choice = PolicyChoice.of(name, fields)
+        chosen[key] = choice, make_plugin_manager(choice.build(), ())
+    choice, manager = chosen[key]
     scenario = to_scenario(config)
-    reason = reason_not_to_run(chosen[key].build(), name, scenario)
+    reason = why_unsupported(manager, scenario, name)
     if reason is not None:
         raise UnsupportedPolicyError(name, reason)
-    return Job(number, overrides, config, to_options(config), chosen[key], scenario)
+    return Job(number, overrides, config, to_options(config), choice, scenario)
 
 
 def one_for_all(jobs: Sequence[Job]) -> None:
@@ -136,6 +139,7 @@ def configurations_of(jobs: Sequence[Job]) -> dict[str, Configuration]:
     chosen: dict[str, Configuration] = {}
     baselines: dict[str, Configuration] = {}
     defaults: dict[str, PolicyChoice] = {}
+    runs: dict[tuple[str, str], bool] = {}  # baseline, scenario -> the policy can run there
     for job in jobs:
         scenario_key = scenario_hash(job.scenario)
         scenario = canonical.setdefault(scenario_key, job.scenario)
@@ -144,7 +148,9 @@ def configurations_of(jobs: Sequence[Job]) -> dict[str, Configuration]:
         for name in dict.fromkeys((BARE_METAL, *job.options.baselines)):
             if name not in defaults:
                 defaults[name] = _baseline(name)
-            if reason_not_to_run(defaults[name].build(), name, scenario) is None:
+            if (name, scenario_key) not in runs:
+                runs[name, scenario_key] = reason_not_to_run(defaults[name].build(), name, scenario) is None
+            if runs[name, scenario_key]:
                 _add(baselines, job, defaults[name], scenario_key, scenario, BASELINE, own)
     for key in chosen.keys() & baselines.keys():
         for seed, replicates in baselines.pop(key).lanes.items():
