@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from spepolicy.drivers.simulate import LaneLog, record_lane
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Scenario, SessionMode
-from tests.properties.scenarios import US, busy_host, guest, policy, scenario
+from tests.properties.scenarios import US, WORKLOAD, busy_host, guest, policy
+from tests.properties.scenarios import scenario as usual_scenario
 
+# perf takes names of one letter for types of C++ (from 6.12 on).
+NAMED = replace(WORKLOAD, function_names=("parse", "look_up", "chase", "tcp_sendmsg"))
 NEOVERSE, PACKED = Cpu(), Cpu(align_bytes=1)
 MOVING = busy_host(HostOp.MOVE, interval_ps=300 * US, pages=200)
+
+
+def scenario(**changes: Any) -> Scenario:
+    """Return the scenario of the property tests, with functions that have names."""
+    return usual_scenario(workload=NAMED, **changes)
+
 
 # Name -> policy and scenario. Between them: faults, full buffers, no space, collisions, new buffers, both sessions, two
 # vCPUs, filters, records of fixed and of variable size, a counter of 1 GHz.
