@@ -193,7 +193,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
 
     Raises `SpePolicyError` for whatever is wrong with a value, a policy or a recording.
     """
-    from spepolicy.lab.chosen_lanes import check_policies
+    from spepolicy.lab.chosen_lanes import check_guest, check_policies
     from spepolicy.lab.run import Plan
     from spepolicy.lab.tracking import TrackingSettings
 
@@ -205,6 +205,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
             policies[baseline] = baseline_policy(baseline)
     check_policies(options.lanes.lanes, policies)
     scenario = to_scenario(config)
+    check_guest(options.lanes, scenario)
     notes = list(host_notes(config, scenario))
     for each, policy in list(policies.items()):
         reason = reason_not_to_run(policy, each, scenario)

@@ -17,11 +17,13 @@ from spepolicy.lab import output
 
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import LaneLog, Result
+    from spepolicy.machine.scenario import Scenario
 
 __all__ = [
     "NO_LANES",
     "ChosenLanes",
     "Lane",
+    "check_guest",
     "check_policies",
     "parse_lanes",
     "perf_data_name",
@@ -73,6 +75,18 @@ def check_policies(lanes: Sequence[Lane], policies: Mapping[str, object]) -> Non
                 f"{KEY}=[{policy}:{replicate}]: policy '{policy}' is not in this run, which has {', '.join(policies)}."
                 f"{nearest(policy, policies)} Add it with baselines=[{policy}], or name another."
             )
+
+
+def check_guest(wanted: ChosenLanes, scenario: Scenario) -> None:
+    """Raise `ConfigurationError` if perf.data is wanted of a guest that has no perf."""
+    from spepolicy.machine.scenario import GuestDriver
+
+    if wanted.perf_data and scenario.guest.driver != GuestDriver.LINUX:
+        name = GuestDriver(scenario.guest.driver).name.lower()
+        raise ConfigurationError(
+            f"output.perf_data=true with guest.driver={name}: perf.data is what Linux's perf writes. Set "
+            "guest.driver=linux, or output.timeline=true instead."
+        )
 
 
 def perf_data_name(policy: str, replicate: int) -> str:

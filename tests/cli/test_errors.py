@@ -36,7 +36,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     (["experiment=first_look"], ["Use +experiment=first_look"]),
     (["+guest=linux"], ["Write guest=NAME without +"]),
     (["guest@place=linux"], ["a group's place cannot be changed"]),
-    (["task=explore"], ["group 'task' has no 'explore'", "simulate"]),
+    (["task=explode"], ["group 'task' has no 'explode'", "Did you mean 'explore'"]),
     (["hydra/launcher=lames"], ["hydra/launcher", "has no 'lames'", "basic"]),
     # types
     (["seed=abc"], ["seed=abc: not a whole number"]),

@@ -13,6 +13,7 @@ from spepolicy.drivers.simulate import simulate
 from spepolicy.errors import ConfigurationError
 from spepolicy.lab.chosen_lanes import (
     ChosenLanes,
+    check_guest,
     check_policies,
     parse_lanes,
     perf_data_name,
@@ -20,6 +21,7 @@ from spepolicy.lab.chosen_lanes import (
     write_lanes,
 )
 from spepolicy.lab.run import Plan, TrackingSettings, execute
+from spepolicy.machine.scenario import GuestDriver
 from spepolicy.perfdata import read
 from spepolicy.perfdata.program import KERNEL_FILE, PROGRAM_FILE
 from tests.properties.scenarios import policy, scenario
@@ -127,3 +129,12 @@ def test_a_run_writes_timelines(tmp_path: Path) -> None:
     for lane in (("eager_pin", 0), ("bare_metal", 1)):
         assert report.files[timeline_name(*lane)].stat().st_size > 1000
     assert not [name for name in report.files if name.endswith(".perf.data")]
+
+
+def test_perf_data_of_a_guest_without_perf_is_refused() -> None:
+    what = scenario()
+    freebsd = replace(what, guest=replace(what.guest, driver=GuestDriver.FREEBSD))
+    check_guest(ChosenLanes((("", 0),), timeline=True), freebsd)
+    check_guest(ChosenLanes((("", 0),), perf_data=True), what)
+    with pytest.raises(ConfigurationError, match=r"guest\.driver=freebsd.*Linux's perf"):
+        check_guest(ChosenLanes((("", 0),), perf_data=True), freebsd)
