@@ -130,7 +130,7 @@ def test_a_server_on_postgresql_in_a_browser(run: Run, tmp_path: Path, page: Any
         pytest.skip("needs PostgreSQL's programs")
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
-        if parent.owner() == tmp_path.owner() and parent.name.startswith("pytest"):
+        if parent.owner() == tmp_path.owner() and parent.name.startswith(("pytest", "popen")):
             parent.chmod(0o755)  # PostgreSQL runs as another user if this is root
     port = free_port()
     address = f"http://127.0.0.1:{port}"
