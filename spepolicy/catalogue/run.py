@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -153,13 +154,11 @@ def run_catalogue(
 
     *progress* is told how many of how many policies are done. Lanes of one case share a machine.
     """
-    from hydra import initialize_config_module
-
     from spepolicy.config import register
 
     register()
     cache: dict[tuple[str, ...], Any] = {}
-    with initialize_config_module("spepolicy_conf", version_base="1.3"):
+    with _composing():
         scenarios = {case.id: scenario_of(case, cache) for case in cases}
     outcomes: list[Outcome] = []
     for n, (name, policy) in enumerate(policies.items()):
@@ -168,6 +167,23 @@ def run_catalogue(
             progress(n + 1, len(policies))
     place = {case.id: n for n, case in enumerate(cases)}
     return sorted(outcomes, key=lambda outcome: place[outcome.case])
+
+
+@contextmanager
+def _composing() -> Iterator[None]:
+    """Let Hydra compose the cases, also from within a job that Hydra itself runs."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    state = GlobalHydra.instance()
+    kept = state.hydra
+    state.clear()
+    try:
+        with initialize_config_module("spepolicy_conf", version_base="1.3"):
+            yield
+    finally:
+        state.clear()
+        state.hydra = kept
 
 
 def _run_policy(cases: Sequence[Case], scenarios: Mapping[str, Scenario], name: str, policy: object) -> list[Outcome]:
