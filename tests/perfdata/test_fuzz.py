@@ -37,17 +37,24 @@ def _compiled() -> None:
             parse(content, "whole")
 
 
-def bounded(content: bytes) -> Capture | None:
-    """Return the capture in *content*, or None if it is refused; check what `read` promises of any content."""
+def measured(content: bytes) -> tuple[Capture | None, int]:
+    """Return the capture in *content*, or None if it is refused, and the most memory that it took, in bytes."""
     tracemalloc.start()
-    capture = None
     try:
         with contextlib.suppress(CaptureError):
-            capture = parse(content, "fuzzed")
+            return parse(content, "fuzzed"), tracemalloc.get_traced_memory()[1]
+        return None, tracemalloc.get_traced_memory()[1]
     finally:
-        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < TIMES * len(content) + FIXED
+
+
+def bounded(content: bytes) -> Capture | None:
+    """Return the capture in *content*, or None if it is refused; check what `read` promises of any content."""
+    limit = TIMES * len(content) + FIXED
+    capture, peak = measured(content)
+    if peak >= limit:  # the first use of a module, or a thread that another test left, may have taken it: not again
+        capture, peak = measured(content)
+    assert peak < limit
     if capture is None:
         return None
     assert len(capture.records) == len(capture.where)
