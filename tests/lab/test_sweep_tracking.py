@@ -11,6 +11,8 @@ from urllib.parse import unquote
 
 import pandas
 
+from spepolicy.lab.mlflow_writer import _git_tags
+
 from .sweeps import TRACKED, Run, folder_of
 
 READ_BACK = """
@@ -31,6 +33,9 @@ for experiment in client.search_experiments():
         })
 print(json.dumps(found))
 """
+
+
+GIT_HEAD = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
 
 
 def read_back(folder: Path) -> list[dict[str, Any]]:
@@ -65,7 +70,11 @@ def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path
         assert 10 < len(each["steps"]) <= 100
         assert max(each["steps"]) < 1000, "steps are us of guest time"
         assert [contexts for _, contexts in each["datasets"]] == [["workload"]]
-        assert each["tags"]["mlflow.source.git.commit"] == each["tags"]["git_commit"]
+        commit = subprocess.run(GIT_HEAD, capture_output=True, text=True, check=False).stdout.strip()
+        if commit:  # else the checkout is a copy without its history, as .ci/run makes one
+            assert each["tags"]["mlflow.source.git.commit"] == each["tags"]["git_commit"] == commit
+        else:
+            assert "git_commit" not in each["tags"]
     assert {"sweep.json", "configurations.csv", "errata.json"} <= set(summary["files"])
     assert "eager_pin buffer=64KiB" in summary["tags"]["mlflow.note.content"]
     link = unquote(next(line.strip() for line in out.splitlines() if "/#/experiments/" in line))
@@ -92,3 +101,21 @@ def test_a_store_that_cannot_be_one_is_told_before_anything_runs(run: Run) -> No
     assert status == 2
     assert "cannot be used" in err
     assert "lanes" not in out
+
+
+def test_the_commit_is_recorded_of_a_work_tree_and_of_nothing_else(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert _git_tags(str(tmp_path)) == {}
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    expected = {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git_commit": git("rev-parse", "HEAD")}
+    assert _git_tags(str(tmp_path)) == {**expected, "git_dirty": "false"}
+    (tmp_path / "file").write_text("new")
+    assert _git_tags(str(tmp_path)) == {**expected, "git_dirty": "true"}
+    (tmp_path / "installed").mkdir()
+    assert _git_tags(str(tmp_path / "installed")) == {}, "an installed copy inside somebody else's work tree"
