@@ -6,14 +6,14 @@ Every error says which key, its value, the rule and where it comes from, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spepolicy.errors import ConfigurationError, nearest
 from spepolicy.schema import MISSING, Kind, Setting, settings_of
 from spepolicy.units import format_duration, format_size, parse_count, parse_duration, parse_size
 
-__all__ = ["checked", "checked_fields", "group_at", "known_keys", "value_at"]
+__all__ = ["check_flags_given", "checked", "checked_fields", "group_at", "known_keys", "value_at"]
 
 
 def checked(value: Any, setting: Setting, key: str) -> Any:
@@ -136,3 +136,20 @@ def checked_fields(
         if setting.to:
             result[setting.to] = value // setting.per if setting.per != 1 else value
     return result
+
+
+def check_flags_given(cfg: Any, overrides: Sequence[Any]) -> None:
+    """Reject a number for a true-or-false setting on the command line: OmegaConf would take any but 0 for true.
+
+    *overrides*: Hydra's parsed overrides, which have been applied to *cfg*.
+    """
+    from omegaconf import BooleanNode, Container, OmegaConf
+
+    for override in overrides:
+        key = override.key_or_group
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        given = override.value()
+        if not isinstance(parent, Container) or isinstance(given, bool) or not isinstance(given, int | float):
+            continue
+        if isinstance(parent._get_node(key.rpartition(".")[2]), BooleanNode):
+            raise ConfigurationError(f"{key}={given}: not true or false. Write {key}=true or {key}=false.")

@@ -61,7 +61,7 @@ def _quick_answer(arguments: list[str]) -> int | None:
     if not _COMPLETES.isdisjoint(arguments):
         return None
     if "--version" in arguments:
-        from spepolicy.usage import program_version
+        from spepolicy.version import program_version
 
         print(f"spepolicy {program_version()}")
         return 0

@@ -18,7 +18,7 @@ from spepolicy.arch.registers import REGISTERS
 from spepolicy.arch.versions import VERSIONS, AbortReport, Feature, features_of
 from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
 from spepolicy.errors import ConfigurationError, nearest
-from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, parse_lanes
+from spepolicy.lane_choice import NO_LANES, ChosenLanes, parse_lanes
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import (

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spepolicy.check import check_flags_given
 from spepolicy.completion import HIDDEN
 from spepolicy.config import host_notes, plain, register, to_options, to_scenario
 from spepolicy.errors import (
@@ -28,15 +29,14 @@ from spepolicy.errors import (
 )
 from spepolicy.platforms import reason_not_to_run
 from spepolicy.plugins import PolicyInfo, build_policy, installed_policies
+from spepolicy.policy_choice import BARE_METAL, baseline_policy, chosen_policy
 from spepolicy.policy_fields import fields_of
 from spepolicy.schema import MISSING
 
 if TYPE_CHECKING:
     from spepolicy.lab.run import Plan
 
-__all__ = ["Session", "build_plan", "check_flags_given", "register_policies"]
-
-BASELINE = "bare_metal"  # excess blackout is measured against it, so it always runs
+__all__ = ["Session", "build_plan", "register_policies"]
 
 
 class Session:
@@ -193,14 +193,14 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
 
     Raises `SpePolicyError` for whatever is wrong with a value, a policy or a recording.
     """
-    from spepolicy.lab.chosen_lanes import check_guest, check_policies
     from spepolicy.lab.run import Plan
     from spepolicy.lab.tracking import TrackingSettings
+    from spepolicy.lane_choice import check_guest, check_policies
 
     options = to_options(config)
     name, policy_fields = chosen_policy(config)
     policies = {name: build_policy(name, policy_fields)}
-    for baseline in dict.fromkeys((BASELINE, *options.baselines)):
+    for baseline in dict.fromkeys((BARE_METAL, *options.baselines)):
         if baseline not in policies:
             policies[baseline] = baseline_policy(baseline)
     check_policies(options.lanes.lanes, policies)
@@ -240,7 +240,7 @@ def run_exploration(config: Mapping[str, Any], run_dir: Path) -> bool:
     policies = {name: build_policy(name, policy_fields)}
     others = list(config["explore"].get("compare") or ())
     if others == ["all"]:
-        others = [other for other in installed_policies() if other != BASELINE]  # it has no stage 2 and no hooks
+        others = [other for other in installed_policies() if other != BARE_METAL]  # it has no stage 2 and no hooks
     for other in others:
         if other not in policies:
             try:
@@ -290,33 +290,6 @@ def _schema(info: PolicyInfo) -> type:
     return make_dataclass(info.cls.__name__, columns, kw_only=True)
 
 
-def chosen_policy(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the policy that a composed *config* chooses, and its fields."""
-    policy = config.get("policy", MISSING)
-    if policy == MISSING or policy is None:
-        raise ConfigurationError(
-            f"no policy is chosen. Add +policy=NAME; installed: {', '.join(installed_policies())}."
-        )
-    if not isinstance(policy, Mapping) or HIDDEN not in policy:
-        raise ConfigurationError(
-            f"policy={policy}: not an installed policy's configuration. Choose one with +policy=NAME; "
-            f"installed: {', '.join(installed_policies())}."
-        )
-    given = {key: value for key, value in policy.items() if key != HIDDEN and value != MISSING}
-    return str(policy[HIDDEN]), given
-
-
-def baseline_policy(name: str) -> object:
-    """Return an instance of the policy *name* with its default fields."""
-    try:
-        return build_policy(name, {})
-    except UnknownPolicyError as error:
-        raise ConfigurationError(
-            f"baselines=[{name}]: policy '{name}' is not installed. Installed: {', '.join(error.known)}."
-            f"{nearest(name, error.known)}"
-        ) from error
-
-
 def _resolved(cfg: Any) -> Mapping[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
@@ -326,23 +299,6 @@ def _resolved(cfg: Any) -> Mapping[str, Any]:
         return plain(cfg)
     except OmegaConfBaseException as error:
         raise ConfigurationError(explain(error)) from error
-
-
-def check_flags_given(cfg: Any, overrides: Sequence[Any]) -> None:
-    """Reject a number for a true-or-false setting on the command line: OmegaConf would take any but 0 for true.
-
-    *overrides*: Hydra's parsed overrides, which have been applied to *cfg*.
-    """
-    from omegaconf import BooleanNode, Container, OmegaConf
-
-    for override in overrides:
-        key = override.key_or_group
-        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
-        given = override.value()
-        if not isinstance(parent, Container) or isinstance(given, bool) or not isinstance(given, int | float):
-            continue
-        if isinstance(parent._get_node(key.rpartition(".")[2]), BooleanNode):
-            raise ConfigurationError(f"{key}={given}: not true or false. Write {key}=true or {key}=false.")
 
 
 def _check_flags(arguments: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -33,8 +32,9 @@ from spepolicy.schema import (
     setting_names,
     settings_of,
 )
+from spepolicy.version import program_version
 
-__all__ = ["EXAMPLE", "conf_names", "group_help", "overview", "policy_help", "policy_list", "program_version"]
+__all__ = ["EXAMPLE", "conf_names", "group_help", "overview", "policy_help", "policy_list"]
 
 EXAMPLE = "python -m spepolicy +policy=eager_pin"
 CONF = "spepolicy_conf"
@@ -56,14 +56,6 @@ _FLAGS = (
     ("--completion bash", 'print shell completion; use it with: eval "$(python -m spepolicy --completion bash)"'),
     ("--hydra-help", "all flags of Hydra, which composes the configuration"),
 )
-
-
-def program_version() -> str:
-    """Return the installed version."""
-    try:
-        return version("spepolicy")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def policy_list() -> str:

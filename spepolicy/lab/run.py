@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from spepolicy.judge.errata import Erratum, Findings, errata_as_json, merge_errata
 from spepolicy.judge.errata_page import About, errata_as_markdown, errata_as_rst
 from spepolicy.lab import output
-from spepolicy.lab.chosen_lanes import NO_LANES, ChosenLanes, write_lanes
+from spepolicy.lab.chosen_lanes import write_lanes
 from spepolicy.lab.tracking import Tracked, Tracker, TrackingSettings, without_password
+from spepolicy.lane_choice import NO_LANES, ChosenLanes
+from spepolicy.policy_choice import BARE_METAL
 
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Result
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Report", "TrackingSettings", "Verdict", "execute"]
 
-BARE_METAL = "bare_metal"
 CHOSEN, BASELINE = "chosen", "baseline"
 
 _log = logging.getLogger("spepolicy")

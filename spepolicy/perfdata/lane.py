@@ -255,7 +255,7 @@ def _event(scenario: Scenario, ids: list[int]) -> Any:
 
 def _features(log: LaneLog) -> dict[Feature, str | list[str]]:
     """Return what the header says; Arm's spe-parser needs all of the texts (perfdata.md 6)."""
-    from spepolicy.usage import program_version
+    from spepolicy.version import program_version
 
     result, guest = log.result, log.result.scenario.guest
     terms = ["ts_enable=1", f"jitter={int(guest.jitter)}"]

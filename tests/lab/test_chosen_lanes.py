@@ -11,16 +11,9 @@ import pytest
 from spepolicy.config import to_options
 from spepolicy.drivers.simulate import simulate
 from spepolicy.errors import ConfigurationError
-from spepolicy.lab.chosen_lanes import (
-    ChosenLanes,
-    check_guest,
-    check_policies,
-    parse_lanes,
-    perf_data_name,
-    timeline_name,
-    write_lanes,
-)
+from spepolicy.lab.chosen_lanes import perf_data_name, timeline_name, write_lanes
 from spepolicy.lab.run import Plan, TrackingSettings, execute
+from spepolicy.lane_choice import ChosenLanes, check_guest, check_policies, parse_lanes
 from spepolicy.machine.scenario import GuestDriver
 from spepolicy.perfdata import read
 from spepolicy.perfdata.program import KERNEL_FILE, PROGRAM_FILE

@@ -17,6 +17,7 @@ from spepolicy.judge.metrics import METRICS
 from spepolicy.lab.run import errata_from
 from spepolicy.lab.sweep.identity import PolicyChoice
 from spepolicy.lab.sweep.jobs import Configuration
+from spepolicy.policy_choice import BARE_METAL
 
 __all__ = ["Collector", "Outcome", "Virtual"]
 
@@ -86,7 +87,7 @@ class Collector:
         self.configurations = dict(configurations)
         self.notes: list[str] = []
         self._gathered = {key: _Gathered() for key in configurations}
-        self._bare = {c.scenario_key: c.key for c in configurations.values() if c.policy.name == "bare_metal"}
+        self._bare = {c.scenario_key: c.key for c in configurations.values() if c.policy.name == BARE_METAL}
         self._plugins: dict[PolicyChoice, Virtual] = {}
 
     def extend(self, more: Mapping[str, Configuration]) -> None:
@@ -94,7 +95,7 @@ class Collector:
         for key, configuration in more.items():
             self.configurations[key] = configuration
             self._gathered.setdefault(key, _Gathered())
-            if configuration.policy.name == "bare_metal":
+            if configuration.policy.name == BARE_METAL:
                 self._bare.setdefault(configuration.scenario_key, key)
 
     def add(self, key: str, columns: Mapping[str, Any], rows: slice | NDArray[np.int64]) -> None:

@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from spepolicy.check import check_flags_given
 from spepolicy.config import plain
 from spepolicy.errors import ConfigurationError
 from spepolicy.schema import MISSING
@@ -247,7 +248,6 @@ class Composer:
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
-        from spepolicy.launch import check_flags_given
         from spepolicy.messages import explain
 
         parsed = [self._parse(text) for text in values]

@@ -13,11 +13,12 @@ from typing import Any
 
 from spepolicy.config import Options, to_options, to_scenario
 from spepolicy.errors import ConfigurationError, SpePolicyError, UnsupportedPolicyError
-from spepolicy.lab.run import BARE_METAL, BASELINE, CHOSEN
+from spepolicy.lab.run import BASELINE, CHOSEN
 from spepolicy.lab.sweep.compose import Composer
 from spepolicy.lab.sweep.identity import PolicyChoice, config_hash, scenario_hash
 from spepolicy.machine.scenario import Scenario
 from spepolicy.platforms import reason_not_to_run, why_unsupported
+from spepolicy.policy_choice import BARE_METAL, baseline_policy, chosen_policy
 
 __all__ = ["Configuration", "Failure", "Job", "configurations_of", "make_jobs", "one_for_all"]
 
@@ -94,7 +95,6 @@ def make_jobs(
 
 
 def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chosen: dict[str, Any]) -> Job:
-    from spepolicy.launch import chosen_policy
     from spepolicy.plugins import make_plugin_manager
 
     config = composer.compose(overrides)
@@ -179,8 +179,6 @@ def _add(
 
 
 def _baseline(name: str) -> PolicyChoice:
-    from spepolicy.launch import baseline_policy
-
     baseline_policy(name)  # its message names the setting
     return PolicyChoice.of(name, {})
 

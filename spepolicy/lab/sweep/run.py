@@ -18,7 +18,6 @@ import numpy as np
 from spepolicy.errors import ConfigurationError, nearest
 from spepolicy.judge.tables import Categories
 from spepolicy.lab import output
-from spepolicy.lab.run import BARE_METAL
 from spepolicy.lab.sweep.collect import Collector, Outcome
 from spepolicy.lab.sweep.identity import digest, lane_hash, provenance, source_hash
 from spepolicy.lab.sweep.jobs import Configuration, Failure, Job, configurations_of, lanes_of
@@ -30,6 +29,7 @@ from spepolicy.lab.sweep.store import Store, now_utc
 from spepolicy.lab.sweep.tracking import Recorder
 from spepolicy.lab.sweep.work import Part, Rows, Task
 from spepolicy.lab.tracking import Tracked, TrackingSettings, without_password
+from spepolicy.policy_choice import BARE_METAL
 
 if TYPE_CHECKING:
     from spepolicy.lab.sweep.engines import Engine

@@ -20,6 +20,7 @@ from spepolicy.lab.sweep.identity import config_hash, scenario_hash
 from spepolicy.lab.sweep.jobs import Configuration
 from spepolicy.lab.sweep.statistics import Paired, by_scenario, differences
 from spepolicy.machine.scenario import Costs
+from spepolicy.policy_choice import BARE_METAL
 from spepolicy.schema import CostSettings, settings_of
 from spepolicy.units import format_duration, parse_duration
 
@@ -137,7 +138,7 @@ class Sensitivity:
         self._probes[scenario_key] = probe
         made = {}
         for configuration in group:
-            if configuration.role != CHOSEN and configuration.policy.name != "bare_metal":
+            if configuration.role != CHOSEN and configuration.policy.name != BARE_METAL:
                 continue
             key = config_hash(scenario_key, configuration.policy)
             shown = format_duration(probe.value_ps)
@@ -185,7 +186,7 @@ class Sensitivity:
             compared = [
                 replace(outcome, configuration=replace(outcome.configuration, role=CHOSEN))
                 for outcome in group
-                if outcome.configuration.policy.name != "bare_metal" or self._was_chosen(outcome)
+                if outcome.configuration.policy.name != BARE_METAL or self._was_chosen(outcome)
             ]
             for paired in differences(compared, METRICS):
                 pair = self._origin[paired.one], self._origin[paired.other]
