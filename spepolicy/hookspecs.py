@@ -5,9 +5,9 @@ Order of calls in one run
 1. `supports`, `virtualization`, `ownership`, `traps`, `notifier_filter`
                                                        once, when the run is set up
 2. `vm_created`                                        once per batch, before the first vCPU runs
-3. `buffer_announced`, `buffer_enabled`, `profiling_enabled`, `user_profiling_armed`, `eret`, `buffer_disabled`,
-   `timer`, `stage2_fault`, `migration_started`, `migration_finished`; with `Ownership.KVM` also `own_buffer_full` and
-   `buffer_stopping`
+3. `buffer_announced`, `buffer_enabled`, `profiling_enabled`, `user_profiling_armed`, `eret`, `profiling_disabled`,
+   `buffer_disabled`, `timer`, `stage2_fault`, `migration_started`, `migration_finished`; with `Ownership.KVM` also
+   `own_buffer_full` and `buffer_stopping`
                                                        once per batch each time vCPUs reach that point
 4. `vm_destroyed`                                      once per batch, when guests have ended
 5. `errata`                                            once, when the judge has finished
@@ -244,6 +244,16 @@ class PolicySpec:
         """The guest has drained and now clears PMBLIMITR_EL1.E; KVM stops its own buffer. `Ownership.KVM` only.
 
         Once per batch, before the guest reads PMBPTR_EL1. Every vCPU needs `copy_out()` or `defer_copy()`.
+        """
+
+    @hookspec
+    def profiling_disabled(self, vcpus: Vcpus) -> None:
+        """A trapped write just cleared PMSCR_EL1.{E0SPE,E1SPE} while the buffer was enabled. Once per batch. Needs
+        `Trap.PMS`.
+
+        The guest has NOT drained: its PSB CSYNC and DSB follow this write, and the record of an operation in flight is
+        still to be written. A page that is let go here may be gone when the drain needs it (A. Elisei, 27 July 2022).
+        NOT called where the SPU has stopped by itself, since then profiling was off before the write.
         """
 
     @hookspec

@@ -525,6 +525,7 @@ class ExploreSettings:
     max_host_ops: int = _count("host operations, each kind once", 0, 100, "max_host_ops", _ORDER)
     max_syscalls: int = _count("system calls", 0, 100, "max_syscalls", _ORDER)
     max_exits: int = _count("exits that SPE is not the reason of", 0, 100, "max_exits", _ORDER)
+    max_migration_rounds: int = _count("rounds of pre-copy after the first", 0, 100, "max_migration_rounds", _ORDER)
     memlock: str = _size(
         "RLIMIT_MEMLOCK of the VMM", "0B", "1GiB", "memlock_pages", "kvm.md 4.1 G7", multiple_of="4KiB", per=PAGE_BYTES
     )

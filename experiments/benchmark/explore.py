@@ -67,7 +67,7 @@ def _outcome(name: str, options: argparse.Namespace) -> Outcome:
         config = OmegaConf.to_container(compose("config", [f"explore={name}", "host=silent"]), resolve=True)
     assert isinstance(config, dict)
     scenario = to_scenario(config)
-    settings = settings_from({str(key): value for key, value in config.items()}, scenario.cpu, scenario.kvm)
+    settings = settings_from({str(key): value for key, value in config.items()}, scenario)
     model = make_model(settings, build_policy(options.policy, {}), options.policy)
     search(model, Bounds(max_states=1000), threads=options.threads)  # compiled, and the files read
     return search(model, Bounds(max_states=options.states), threads=options.threads)

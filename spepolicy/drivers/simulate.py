@@ -51,6 +51,7 @@ _HOOK_NAMES = {
     Hook.BUFFER_ENABLED: "buffer_enabled",
     Hook.PROFILING_ENABLED: "profiling_enabled",
     Hook.BUFFER_DISABLED: "buffer_disabled",
+    Hook.PROFILING_DISABLED: "profiling_disabled",
     Hook.STAGE2_FAULT: "stage2_fault",
     Hook.VM_DESTROYED: "vm_destroyed",
     Hook.USER_PROFILING_ARMED: "user_profiling_armed",

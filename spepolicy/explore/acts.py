@@ -10,7 +10,19 @@ from enum import IntEnum, IntFlag
 
 from spepolicy.machine.hostops import HostOp
 
-__all__ = ["ACTS", "SESSION_NAMES", "Act", "Aux", "Budget", "Event", "Taint", "Target", "event_name", "parse_event"]
+__all__ = [
+    "ACTS",
+    "SESSION_NAMES",
+    "Act",
+    "Aux",
+    "Budget",
+    "Event",
+    "FaultPage",
+    "Taint",
+    "Target",
+    "event_name",
+    "parse_event",
+]
 
 
 class Act(IntEnum):
@@ -46,6 +58,12 @@ class Act(IntEnum):
     VM_END = 27  # the VM is destroyed
     TIMER = 28  # the policy's timer fires
     BUG = 29  # the injected bug of KVM strikes the next time that it can
+    MIGRATE_START = 30  # the VMM begins to migrate: the dirty log goes on, or for post-copy the vCPUs stop
+    MIGRATE_ROUND = 31  # pre-copy: the pages of a round are sent, the log is read and cleared
+    MIGRATE_STOP = 32  # the same, and the vCPUs stop for the rest
+    MIGRATE_RESUME = 33  # the vCPUs run on the target, whose stage 2 is empty
+    MIGRATE_ARRIVE = 34  # post-copy: what was not fetched on demand has arrived
+    MIGRATE_CANCEL = 35  # the VMM gives up, the guest goes on at the source
 
 
 class Target(IntEnum):
@@ -68,12 +86,13 @@ class Budget(IntEnum):
     SYSCALL = 6
     EXIT = 7
     BUG = 8
+    MIGRATION = 9  # rounds of pre-copy
 
 
 class Taint(IntFlag):
     """What has happened on a path: who can be blamed, and what a claim may be."""
 
-    OPENED = 1  # a session is open
+    OPENED = 1  # a session is open on vCPU 0
     ENDED = 2  # the VM is gone
     HOST = 4  # the host changed something about a page
     EDITED = 8  # the guest changed its translations as the Arm ARM allows
@@ -81,6 +100,7 @@ class Taint(IntFlag):
     BUG = 32  # KVM has a bug switched on
     MIGRATED = 64
     NO_LIMIT = 128  # the VMM lifted the memlock limit before boot
+    OPENED_1 = 256  # a session is open on vCPU 1
 
 
 class Aux(IntEnum):
@@ -89,9 +109,20 @@ class Aux(IntEnum):
     TAINT = 0
     LAST_OP = 1  # the host operation that came last
     OPS_DONE = 2  # mask of host operations that have happened
-    BLACK = 3  # 1: profiling is wanted and off since an earlier act
-    SPENT = 4  # SPENT + Budget: how much of it is used up; the last words
-    END = 4 + len(Budget)
+    BLACK = 3  # mask of vCPUs where profiling is wanted and off since an earlier act
+    FAULT = 4  # what was true of the page when a fault came that KVM has not answered yet: FaultPage, 4 bits a vCPU
+    HELD = 5  # pages pinned at a write that disabled profiling, until the guest has drained: 16 bits a vCPU
+    SPENT = 6  # SPENT + Budget: how much of it is used up; the last words
+    END = 6 + len(Budget)
+
+
+class FaultPage(IntFlag):
+    """The page behind a stage 2 fault, as it was when the SPU stopped."""
+
+    PINNED = 1  # KVM held it pinned
+    LISTED = 2  # KVM's list said so, but a bug had left it out
+    ABSENT = 4  # post-copy: it was still at the source
+    LET_GO = 8  # KVM let go of it at the write that disabled profiling, and the guest had not drained
 
 
 @dataclass(frozen=True)

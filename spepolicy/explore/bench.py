@@ -12,11 +12,12 @@ from spepolicy.drivers.simulate import behaviour_of, call_hook
 from spepolicy.errors import ConfigurationError, UnsupportedPolicyError
 from spepolicy.explore import expand as x
 from spepolicy.explore.acts import Aux, Budget, Event, Taint
-from spepolicy.explore.image import VM_FIELDS, VM_PASSING, Image, policy_rows, views_of
+from spepolicy.explore.image import HUGE, VM_FIELDS, VM_PASSING, Image, page_of, policy_rows, views_of
+from spepolicy.explore.possible import BARE, EDITS, RULES
 from spepolicy.explore.properties import Kind
-from spepolicy.explore.steps import BARE, EDITS, RULES
 from spepolicy.explore.visited import Visited
 from spepolicy.machine.build import Behaviour, allocate, reset
+from spepolicy.machine.hostpage import FOLIO, ROLE_HOT, ROLE_MASK, ROLE_SHIFT, ROLE_TABLE
 from spepolicy.machine.lane import start_lanes
 from spepolicy.machine.scenario import Scenario
 from spepolicy.machine.state import NEVER, Hook, Segment
@@ -28,6 +29,7 @@ __all__ = ["Bench", "Model", "Unfolded"]
 _VM_CREATED, _VM_DESTROYED = int(Hook.VM_CREATED), int(Hook.VM_DESTROYED)
 _LANES = 1024
 _BLOB_WORDS = 1 << 20
+_LAYOUTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Model:
     events: tuple[Event, ...]
     limits: tuple[int, ...]  # by Budget
     bare: bool  # the guest writes registers by itself, instead of Linux's driver
-    edits: int  # steps.EDITS_*
+    edits: int  # possible.EDITS_*
 
     def event_rows(self) -> Ints:
         """Return int64[events, 6]: act, a, b, c, vCPU, budget."""
@@ -48,7 +50,7 @@ class Model:
         return np.array(rows, dtype=np.int64).reshape(-1, 6)
 
     def rules(self) -> Ints:
-        """Return the words of `steps.rules`."""
+        """Return the words of `possible.RULES`."""
         rules = np.zeros(RULES, dtype=np.int64)
         rules[BARE], rules[EDITS] = self.bare, self.edits
         return rules
@@ -104,7 +106,7 @@ class Bench:
         """Boot all lanes alike, with the clocks that an exploration has: nothing is due."""
         m, every = self.m, np.arange(self.lanes, dtype=np.int64)
         with np.errstate(over="ignore"):
-            reset(m, self.model.scenario, np.zeros(self.lanes, dtype=np.int64))
+            reset(m, self.model.scenario, np.full(self.lanes, self._layout(), dtype=np.int64))
             # Memory that no lane has laid out stays as it is: images compare tables word by word.
             m.pool[:] = 0
             start_lanes(self.handle, every)
@@ -116,6 +118,7 @@ class Bench:
         for name in ("segment_ps", "segment_end_ps", "program_draws", "sample_draws", "kvm_draws", "phase"):
             v[name] = 0
         m.vm["host_next_ps"] = NEVER
+        m.vm["migration_next_ps"] = 0
         if self.model.bare:
             v["segment"], v["level"] = Segment.KERNEL, 1
         m.par["bug_rate_q16"] = 0  # it strikes when the search says so
@@ -131,6 +134,26 @@ class Bench:
         for name in ("pin_calls", "pin_refused", "pinned_peak_pages", "startup_ps", "stage2_maps", "stage2_unmapped"):
             m.vm[name] = 0
         m.truth[:] = np.zeros((), dtype=m.truth.dtype)
+
+    def _layout(self) -> int:
+        """Return the first replicate, which decides the layout of memory, that shows what huge pages do: one in which
+        no CPU's own walks bring back at once what the host took of the first page of a buffer or of its table.
+        """
+        if self.model.scenario.host.backing not in HUGE:
+            return 0
+        m = self.m
+        for replicate in range(_LAYOUTS):
+            reset(m, self.model.scenario, [replicate])
+            m.pool[:1] = 0
+            start_lanes(self.handle, np.zeros(1, dtype=np.int64))
+            role = (m.host_page[0] & ROLE_MASK) >> ROLE_SHIFT
+            hot = np.unique(np.flatnonzero(role == ROLE_HOT) // FOLIO)
+            first = [page_of(m, k) for k in range(self.model.scenario.guest.vcpus)]
+            if not np.isin(np.array([*first, *np.flatnonzero(role == ROLE_TABLE)]) // FOLIO, hot).any():
+                return replicate
+        raise AssertionError(
+            f"none of {_LAYOUTS} layouts has the buffer and the guest's tables in different huge pages"
+        )
 
     def _take_base(self) -> None:
         whole = x.take(self.handle, self.views, self.layout, 0, self.base)

@@ -2,9 +2,9 @@
 
 Two states are equal if they differ only in names that nothing can tell apart:
 
-* host frames. A page of the VMM is "the frame that backs guest page p"; a stage 2 entry or a TLB entry has that frame,
-  the merged one of KSM, the one of the stage 2 entry, or one that backs nothing any more;
-* the two guest pages that take turns behind a page of the buffer (`steps.twin`): the one that stage 1 maps now goes by
+* host frames, unless there are huge pages. A page of the VMM is "the frame that backs guest page p"; a stage 2 entry or
+  a TLB entry has that frame, the merged one of KSM, the one of the stage 2 entry, or one that backs nothing any more;
+* the two guest pages that take turns behind a page of the buffer (`places.twin`): the one that stage 1 maps now goes by
   the name of the first;
 * the order of a list of pins.
 
@@ -36,7 +36,7 @@ _PIN_COUNT, _PIN_LIST = _FIELDS.index("pin_count"), _FIELDS.index("pin_list")
 _GENERATION, _BUFFER_VA = _FIELDS.index("buffer_generation"), _FIELDS.index("buffer_va")
 
 # Order of `image.SECTIONS`.
-_PAR, _VM, _VCPU, _TLB, _PINS, _HOST_PAGE, _POOL, _REFS, _FRAMES, _POLICY, _AUX, _END = range(12)
+_PAR, _VM, _VCPU, _TLB, _PINS, _HOST_PAGE, _DIRTY, _POOL, _REFS, _FRAMES, _POLICY, _AUX, _END = range(13)
 
 _A1, _A2 = np.uint64(0x9E37_79B9_7F4A_7C15), np.uint64(0xC2B2_AE3D_27D4_EB4F)
 _M1, _M2 = np.uint64(0xBF58_476D_1CE4_E5B9), np.uint64(0x94D0_49BB_1331_11EB)
@@ -45,6 +45,7 @@ _S29, _S32, _S33, _S31 = np.uint64(29), np.uint64(32), np.uint64(33), np.uint64(
 
 # Places above those of an image, for what is hashed by its meaning.
 _PLACE_LEAF1, _PLACE_PAGE, _PLACE_LEAF2, _PLACE_TLB, _PLACE_PIN = 1 << 20, 1 << 21, 1 << 22, 1 << 23, 1 << 24
+_PLACE_FRAME = 1 << 25
 
 
 @inline
@@ -66,7 +67,7 @@ def restore(views: Any, at: Ints, par_at: Ints, pool_at: Ints, i: int, image: In
     """Put lane *i* into the state *image*, with nothing counted yet. *at*: where sections begin; *pages*: of a list of
     pins.
     """
-    par, vm, vcpu, truth, lost, tlb, pins, host_page, pool, refs, frames, policy, aux = views
+    par, vm, vcpu, truth, lost, tlb, pins, host_page, dirty, pool, refs, frames, policy, aux = views
     for n in range(par_at.shape[0]):
         par[i, par_at[n]] = image[n]
     first = at[_VM]
@@ -86,6 +87,9 @@ def restore(views: Any, at: Ints, par_at: Ints, pool_at: Ints, i: int, image: In
     first = at[_HOST_PAGE]
     for n in range(host_page.shape[1]):
         host_page[i, n] = image[first + n]
+    first = at[_DIRTY]
+    for n in range(dirty.shape[1]):
+        dirty[i, n] = image[first + n]
     first = at[_POOL]
     for n in range(pool_at.shape[0]):
         pool[i, pool_at[n]] = image[first + n]
@@ -110,7 +114,7 @@ def restore(views: Any, at: Ints, par_at: Ints, pool_at: Ints, i: int, image: In
 @inline
 def gather(views: Any, at: Ints, par_at: Ints, pool_at: Ints, i: int, image: Ints, pages: int) -> bool:
     """Take the image of lane *i*. Return False if a list of pins is longer than an image can hold."""
-    par, vm, vcpu, _truth, _lost, tlb, pins, host_page, pool, refs, frames, policy, aux = views
+    par, vm, vcpu, _truth, _lost, tlb, pins, host_page, dirty, pool, refs, frames, policy, aux = views
     for n in range(par_at.shape[0]):
         image[n] = par[i, par_at[n]]
     first = at[_VM]
@@ -134,6 +138,9 @@ def gather(views: Any, at: Ints, par_at: Ints, pool_at: Ints, i: int, image: Int
     first = at[_HOST_PAGE]
     for n in range(host_page.shape[1]):
         image[first + n] = host_page[i, n]
+    first = at[_DIRTY]
+    for n in range(dirty.shape[1]):
+        image[first + n] = dirty[i, n]
     first = at[_POOL]
     for n in range(pool_at.shape[0]):
         image[first + n] = pool[i, pool_at[n]]
@@ -235,9 +242,14 @@ def state_hash(
             h1 += _mix1(place, image[place])
             h2 += _mix2(place, image[place])
     first = at[_HOST_PAGE]
+    logged = at[_POOL] - at[_DIRTY] == name.shape[0]
     for page in range(name.shape[0]):
         leaf = image[leaf2[page]] if leaf2[page] >= 0 else 0
         word = (image[first + page] & ~FRAME) | _relation(image[first + page], leaf)
+        if leaf2[page] < 0:
+            word = image[first + page]  # whoever maps it is hashed as it is, and so are frames
+        if logged:
+            word ^= image[at[_DIRTY] + page] << 8  # in the place of the frame's name, as is the relation
         if word != PRESENT | 1:  # what most pages are
             h1 += _mix1(_PLACE_PAGE + name[page], word)
             h2 += _mix2(_PLACE_PAGE + name[page], word)
@@ -256,9 +268,12 @@ def state_hash(
         if 0 <= page < name.shape[0]:
             frame = image[place + 1]
             relation = 0
-            if frame != image[first + page] & FRAME:
+            if leaf2[page] < 0:
+                h1 += _mix1(_PLACE_FRAME + e, frame)
+                h2 += _mix2(_PLACE_FRAME + e, frame)
+            elif frame != image[first + page] & FRAME:
                 relation = 2
-                if leaf2[page] >= 0 and (image[leaf2[page]] & OA_MASK) >> 12 == frame:
+                if (image[leaf2[page]] & OA_MASK) >> 12 == frame:
                     relation = 1
             word = (name[page] << 4) | relation | ((image[place + 3] & STRAY) << 1)
         word ^= (image[place] - (image[at[_VCPU] + _BUFFER_VA] >> 12)) << 32

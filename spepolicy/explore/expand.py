@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.explore.canonical import decode, encode, gather, restore, state_hash
-from spepolicy.explore.properties import broken
-from spepolicy.explore.steps import find_possible, happen, settle
+from spepolicy.explore.check import broken, note_fault
+from spepolicy.explore.possible import find_possible
+from spepolicy.explore.steps import happen, settle
 from spepolicy.explore.visited import look_up
 from spepolicy.jit import entry, jit, widen
 from spepolicy.machine.rows import params, truth_row, vcpu_row, vm_row
@@ -35,6 +36,7 @@ POSITION = 4
 _NONE = int(Hook.NONE)
 _STAGE2_FAULT = int(Hook.STAGE2_FAULT)
 _AUX_LAST_OP = 1  # acts.Aux.LAST_OP
+AUX = 13  # place of image.Views.aux among its arrays
 
 
 @jit
@@ -47,7 +49,7 @@ def _record(
     """
     at, par_at, pool_at, base, plain, stored, leaf1, leaf2, pairs, sizes = layout
     image, name = scratch
-    aux = views[12]
+    aux = views[AUX]
     for k in range(params(m, i).vcpus):
         settle(m, i, k)
     kinds = broken(m, i, aux[i], hook, version)
@@ -61,7 +63,7 @@ def _record(
     vm = vm_row(m, i)
     v = vcpu_row(m, i, vm.hook_vcpu)
     out[t, OP_CLAIM] = aux[i, _AUX_LAST_OP] | (max(v.claim, 0) << 8)
-    tr = truth_row(m, i, 0)
+    tr = truth_row(m, i, vm.hook_vcpu)
     # Steps on which a fault may come round: the fault itself, and that KVM goes on.
     stuck = tr.stage2_faults != 0 or (hook == _STAGE2_FAULT and v.answered == 1)
     out[t, STUCK] = 1 if stuck and tr.written == 0 else 0
@@ -88,7 +90,7 @@ def expand(
     at, par_at, pool_at, base, _plain, stored, _leaf1, _leaf2, _pairs, sizes = layout
     parent = np.zeros(base.shape[0], dtype=np.int64)
     possible = np.zeros(events.shape[0], dtype=np.bool_)
-    aux = views[12]
+    aux = views[AUX]
     t, wait, end = position[TRANSITIONS], position[WAITING], position[BLOB_WORDS]
     room = events.shape[0] * (sizes[0] + stored.shape[0])
     s = position[NEXT_PARENT]
@@ -107,6 +109,7 @@ def expand(
                 restore(views, at, par_at, pool_at, i, parent, sizes[1])
             fresh = False
             hook = happen(m, i, aux[i], events[e])
+            note_fault(m, i, aux[i])
             vm = vm_row(m, i)
             v = vcpu_row(m, i, events[e, 4])
             vm.hook_vcpu = events[e, 4]
@@ -195,13 +198,14 @@ def possible_events(
     m: Machine, views: Any, i: int, events: Ints, limits: Ints, rules: Ints, possible: NDArray[np.bool_]
 ) -> None:
     """Fill *possible* bool[events]: what can happen in lane *i*."""
-    find_possible(m, i, views[12], events, limits, rules, possible)
+    find_possible(m, i, views[AUX], events, limits, rules, possible)
 
 
 @entry
 def step(m: Machine, views: Any, i: int, event: Ints) -> int:
     """Let one event happen in lane *i*; return the hook that it reaches."""
-    hook = happen(m, i, views[12][i], event)
+    hook = happen(m, i, views[AUX][i], event)
+    note_fault(m, i, views[AUX][i])
     v = vcpu_row(m, i, event[4])
     if hook == _NONE and v.hook_next != 0:
         hook = v.hook_next
@@ -216,4 +220,4 @@ def check(m: Machine, views: Any, i: int, hook: int, version: int) -> int:
     """Return the kinds of violation in lane *i*, whose step ended with *hook*."""
     for k in range(params(m, i).vcpus):
         settle(m, i, k)
-    return broken(m, i, views[12][i], hook, version)
+    return broken(m, i, views[AUX][i], hook, version)

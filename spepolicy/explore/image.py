@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from spepolicy.explore.acts import Aux
 from spepolicy.jit import entry
+from spepolicy.machine.hostops import Backing
+from spepolicy.machine.hostpage import FRAME
 from spepolicy.machine.layout import guest_page
-from spepolicy.machine.rows import context, params
+from spepolicy.machine.pagetables import ipa_entry
+from spepolicy.machine.rows import context, params, pool
 from spepolicy.machine.state import PARAMS, VCPU, VM, Machine
 from spepolicy.mmu.memory import KEY, SLOT_SHIFT
 from spepolicy.mmu.tables import STAGE2_FRAME0
@@ -50,16 +53,25 @@ VM_NAMES = frozenset({"next_frame"})
 # Compared by what they mean, not by their value: see `spepolicy.explore.canonical`.
 VCPU_NAMES = frozenset({"buffer_generation", "pin_list"})
 VM_FIELDS = VM.names or ()
+HUGE = (int(Backing.THP), int(Backing.HUGETLB))
 _PINS = 32  # of a list: two sets of buffer and tables, and more
 PARAMETERS = ("profile_user", "profile_kernel", "bug_rate_q16")
 
-SECTIONS = ("par", "vm", "vcpu", "tlb", "pins", "host_page", "pool", "refs", "frames", "policy", "aux")
+SECTIONS = ("par", "vm", "vcpu", "tlb", "pins", "host_page", "dirty", "pool", "refs", "frames", "policy", "aux")
 
 
 @entry
 def page_behind(m: Machine, k: int, generation: int, n: int, out: Ints) -> None:
     """Write the guest page behind page *n* of vCPU *k*'s buffer in session *generation* of lane 0 to *out*."""
     out[0] = guest_page(params(m, 0), k, generation, n)
+
+
+@entry
+def stage2_of(m: Machine, page: int, out: Ints) -> None:
+    """Write the descriptor that a stage 2 walk of guest page *page* of lane 0 ends at, and its level, to *out*."""
+    slot, index, level = ipa_entry(m, 0, (params(m, 0).ram_page0 + page) << 12)
+    out[0] = pool(m, 0)[slot, index]
+    out[1] = level
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Views:
     tlb: Ints  # [N, vCPUs x entries x 4]
     pins: NDArray[np.int32]  # [N, vCPUs, 2, pages]
     host_page: Ints  # [N, RAM pages]
+    dirty: NDArray[np.uint8]  # [N, RAM pages, or 1 without migration]
     pool: Ints  # [N, table pages x 512]
     refs: NDArray[np.int32]  # [N, table pages]
     frames: Ints  # [N, hash words]
@@ -84,8 +97,8 @@ class Views:
     def arrays(self) -> tuple[Any, ...]:
         """Return what compiled code takes, in the order of the fields after `handle`."""
         return (
-            self.par, self.vm, self.vcpu, self.truth, self.lost, self.tlb, self.pins, self.host_page, self.pool,
-            self.refs, self.frames, self.policy, self.aux,
+            self.par, self.vm, self.vcpu, self.truth, self.lost, self.tlb, self.pins, self.host_page, self.dirty,
+            self.pool, self.refs, self.frames, self.policy, self.aux,
         )  # fmt: skip
 
 
@@ -126,6 +139,7 @@ def views_of(m: Machine, policy: Ints, aux: Ints) -> Views:
         tlb=_words(m.tlb),
         pins=m.pins,
         host_page=m.host_page,
+        dirty=m.dirty,
         pool=m.pool.reshape(m.pool.shape[0], -1),
         refs=m.pool_refs,
         frames=m.frames,
@@ -151,6 +165,7 @@ class Image:
             "tlb": m.tlb[0].size,
             "pins": self.vcpus * self.pins,
             "host_page": m.host_page.shape[1],
+            "dirty": m.dirty.shape[1],
             "pool": len(self.pool_at),
             "refs": m.pool_refs.shape[1],
             "frames": m.frames.shape[1],
@@ -171,7 +186,7 @@ class Image:
         self.stored: Ints = np.array(sorted(every - passing), dtype=np.int64)
         special = {
             at
-            for section in ("tlb", "pins", "host_page", "frames")
+            for section in ("tlb", "pins", "host_page", "dirty", "frames")
             for at in range(self.offset(section), self.offset(section) + lengths[section])
         }
         self._find_leaves(m)
@@ -202,13 +217,14 @@ class Image:
         # The two pages that take turns behind each page of a buffer: stage 1 maps the first, session 1 takes the other.
         self.pairs: Ints = np.array(
             [
-                [[_guest_page(m, k, generation, n) for generation in (0, 1)] for n in range(self.buffer_pages)]
+                [[page_of(m, k, generation, n) for generation in (0, 1)] for n in range(self.buffer_pages)]
                 for k in range(self.vcpus)
             ],
             dtype=np.int64,
         )
         self.leaf2: Ints = np.full(ram, -1, dtype=np.int64)
-        if m.par["virtualized"][0]:
+        # Into which table a huge page is split depends on the path.
+        if m.par["virtualized"][0] and int(m.par["backing"][0]) not in HUGE:
             slot = _stage2_table(m, page0 << 12)
             self.leaf2[:] = [where[slot * 512 + ((page0 + page) & 511)] for page in range(ram)]
 
@@ -226,7 +242,7 @@ def _stage1_path(m: Machine, va: int) -> list[tuple[int, int]]:
     table = int(m.vm["ttbr1"][0]) & 0xFFFF_FFFF_F000
     path = []
     for level in range(4):
-        frame = int(m.host_page[0, (table >> 12) - page0]) & 0xF_FFFF_FFFF
+        frame = int(m.host_page[0, (table >> 12) - page0]) & FRAME
         slot = _slot_of(m, frame)
         entry = (va >> _level_shift(s, level)) & 511
         path.append((slot, entry))
@@ -239,7 +255,7 @@ def _level_shift(s: Any, level: int) -> int:
     return stride + 3 + stride * (3 - level)
 
 
-def _guest_page(m: Machine, k: int, generation: int, n: int) -> int:
+def page_of(m: Machine, k: int, generation: int = 0, n: int = 0) -> int:
     """Return `layout.guest_page` of lane 0."""
     out = np.zeros(1, dtype=np.int64)
     page_behind(context(m), k, generation, n, out)
@@ -247,11 +263,13 @@ def _guest_page(m: Machine, k: int, generation: int, n: int) -> int:
 
 
 def _stage2_table(m: Machine, ipa: int) -> int:
-    """Return the pool slot of the level 3 table of *ipa* at stage 2 in lane 0, where one exists."""
+    """Return the pool slot of the level 3 table of *ipa* at stage 2 in lane 0. Tables are freed and made again in the
+    order of a stack, so it is always the same one.
+    """
     slot = (int(m.vm["vttbr"][0]) >> 12) - STAGE2_FRAME0
     for level in (1, 2):
-        entry = (ipa >> (12 + 9 * (3 - level))) & 511
-        slot = ((int(m.pool[0, slot, entry]) & 0xFFFF_FFFF_F000) >> 12) - STAGE2_FRAME0
+        descriptor = int(m.pool[0, slot, (ipa >> (12 + 9 * (3 - level))) & 511])
+        slot = ((descriptor & 0xFFFF_FFFF_F000) >> 12) - STAGE2_FRAME0
     return slot
 
 

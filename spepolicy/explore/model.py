@@ -9,10 +9,25 @@ import numpy as np
 
 from spepolicy.explore.acts import Act, Budget, Event, Target
 from spepolicy.explore.bench import Model
-from spepolicy.explore.steps import EDITS_ANY, EDITS_DISABLED, EDITS_NEVER, EDITS_OFF
+from spepolicy.explore.image import HUGE
+from spepolicy.explore.possible import EDITS_ANY, EDITS_DISABLED, EDITS_NEVER, EDITS_OFF
 from spepolicy.machine.guestacts import GuestAct
-from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import Bug, Cpu, Guest, IrqDelivery, Kvm, Scenario, SessionMode, Workload
+from spepolicy.machine.hostops import Backing, HostOp, Kernel
+from spepolicy.machine.hostpage import FOLIO
+from spepolicy.machine.scenario import (
+    Bug,
+    Cpu,
+    Guest,
+    Handling,
+    Host,
+    IrqDelivery,
+    Kvm,
+    Migration,
+    MigrationKind,
+    Scenario,
+    SessionMode,
+    Workload,
+)
 
 __all__ = ["EDIT_RULES", "HOST_TARGETS", "SESSIONS", "Settings", "make_model", "workload"]
 
@@ -25,7 +40,9 @@ EDIT_RULES: Mapping[str, int] = {
 SESSIONS: Mapping[str, int] = {"el0_el1": 3, "el0": 1, "el1": 2}  # PMSCR_EL1 by what perf asks for
 HOST_TARGETS: Mapping[str, Target] = {"buffer": Target.BUFFER, "former": Target.FORMER, "table": Target.TABLE}
 
-_RAM_PAGES = 16  # two sets of four buffer pages, five tables, and some to spare; 2 MiB or less: one level 3 table
+# Two sets of four buffer pages, five tables, and some to spare; 2 MiB or less, for image.Image expects one level 3
+# table at stage 2, unless pages are huge.
+_RAM_PAGES = 16
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,12 @@ class Settings:
     max_host_ops: int = 1
     max_syscalls: int = 2
     max_exits: int = 2
+    max_migration_rounds: int = 2
+    backing: Backing = Backing.ANONYMOUS
+    kernel: Kernel = Kernel.V6_1  # of the host
+    migration: MigrationKind = MigrationKind.NONE
+    handling: Handling = Handling.PLAIN
+    migration_abort: bool = False  # the VMM gives up on an exit because of SPE, instead of holding the vCPU
     memlock_pages: int = 10
     cpu: Cpu = field(default_factory=Cpu)
     irq_delivery: IrqDelivery = IrqDelivery.FORCED_EXIT
@@ -82,6 +105,8 @@ def _scenario(settings: Settings) -> Scenario:
     ram_pages = _RAM_PAGES
     while ram_pages < 5 + settings.vcpus * (1 + 2 * settings.buffer_pages):
         ram_pages *= 2
+    if settings.backing in HUGE:
+        ram_pages = 2 * FOLIO  # two huge pages: bench.Bench lays the buffer's first page apart from hot tables
     entries = 1 << (settings.buffer_pages - 1).bit_length()
     return Scenario(
         workload=workload(),
@@ -105,6 +130,11 @@ def _scenario(settings: Settings) -> Scenario:
             memlock_pages=settings.memlock_pages,
             irq_delivery=settings.irq_delivery,
             bug=settings.bug,
+        ),
+        host=Host(backing=settings.backing, kernel=settings.kernel),
+        # What a CPU writes is not followed page by page, and time does not matter.
+        migration=Migration(
+            kind=settings.migration, handling=settings.handling, abort=settings.migration_abort, dirty_bytes_per_us=0
         ),
     )
 
@@ -172,6 +202,18 @@ def _host_events(settings: Settings, k: int) -> list[Event]:
     return events
 
 
+def _migration_events(settings: Settings) -> list[Event]:
+    acts: Mapping[MigrationKind, tuple[Act, ...]] = {
+        MigrationKind.NONE: (),
+        MigrationKind.PRECOPY: (Act.MIGRATE_START, Act.MIGRATE_STOP, Act.MIGRATE_RESUME, Act.MIGRATE_CANCEL),
+        MigrationKind.POSTCOPY: (Act.MIGRATE_START, Act.MIGRATE_RESUME, Act.MIGRATE_ARRIVE),
+    }
+    events = [Event(act) for act in acts[settings.migration]]
+    if settings.migration is MigrationKind.PRECOPY and settings.max_migration_rounds:
+        events.append(Event(Act.MIGRATE_ROUND, budget=Budget.MIGRATION))
+    return events
+
+
 def make_model(settings: Settings, policy: object, name: str) -> Model:
     """Return the model of *settings* under *policy*, an instance of a policy called *name*."""
     events: list[Event] = []
@@ -184,6 +226,7 @@ def make_model(settings: Settings, policy: object, name: str) -> Model:
         if settings.max_exits:
             events.append(Event(Act.EXIT, vcpu=k, budget=Budget.EXIT))
         events += _host_events(settings, k)
+    events += _migration_events(settings)
     if settings.bug is not Bug.NONE:
         events.append(Event(Act.BUG, budget=Budget.BUG))
     limits = {
@@ -195,6 +238,7 @@ def make_model(settings: Settings, policy: object, name: str) -> Model:
         Budget.SYSCALL: settings.max_syscalls,
         Budget.EXIT: settings.max_exits,
         Budget.BUG: 1,
+        Budget.MIGRATION: settings.max_migration_rounds,
     }
     return Model(
         scenario=_scenario(settings),

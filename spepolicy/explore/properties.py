@@ -1,7 +1,7 @@
-"""What must hold, each property with its source, and the compiled check of one step.
+"""What must hold: each property with its source, and the kinds of ways to break it.
 
-A property is broken in one or several *kinds* of ways: the explorer looks for the shortest trace of each kind, and of
-each kind that the host has a part in, for each of the host's operations.
+The explorer looks for the shortest trace of each kind, and of each kind that the host has a part in, for each of the
+host's operations.
 """
 
 from __future__ import annotations
@@ -10,23 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
-from numpy.typing import NDArray
-
-from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S
-from spepolicy.explore.acts import Aux, Taint
-from spepolicy.explore.steps import buffer_page
-from spepolicy.jit import jit
-from spepolicy.machine.hostpage import FRAME, PIN_MASK
-from spepolicy.machine.misbehave import STRAY
-from spepolicy.machine.rows import host_page, params, tlb, truth_row, vcpu_row, vm_row, walk_row
-from spepolicy.machine.spu import profiling_enabled
-from spepolicy.machine.state import Hook, LostCause, Machine
-from spepolicy.mmu.walker import STAGE2
-
-Ints = NDArray[np.int64]
-
-__all__ = ["KINDS", "PROPERTIES", "Kind", "Property", "broken"]
+__all__ = ["KINDS", "PROPERTIES", "Kind", "Property", "detail_of", "property_of"]
 
 
 class Kind(IntEnum):
@@ -50,6 +34,10 @@ class Kind(IntEnum):
     LIVELOCK = 15
     BLACKOUT_BUG = 17
     ADDED = 18  # by a plugin: spepolicy.explore.added
+    BLACKOUT_MIGRATION = 19
+    ABSENT_PAGE = 20
+    UNLOGGED = 21
+    DRAIN_FAULT = 22
     PINS_LONG = 16  # no property: the explorer's own limit
 
 
@@ -83,6 +71,12 @@ PROPERTIES: tuple[Property, ...] = (
         "the host's memory management causes a lawful guest no blackout",
         "O. Upton 9 Aug 2022 (kvm.md 4.3: never the guest's fault)",
         (Kind.BLACKOUT_HOST,),
+    ),
+    Property(
+        "no_migration_blackout",
+        "a live migration causes a lawful guest no blackout",
+        "O. Upton 26 Jul and 9 Aug 2022 (kvm.md 2.3, L1, L6)",
+        (Kind.BLACKOUT_MIGRATION,),
     ),
     Property(
         "no_bug_blackout",
@@ -139,6 +133,24 @@ PROPERTIES: tuple[Property, ...] = (
         (Kind.PINNED_FAULT,),
     ),
     Property(
+        "drain_completes",
+        "a page that the drain after PMSCR_EL1=0 needs is not let go at that write",
+        "A. Elisei 27 Jul 2022 (kvm.md 2.0 fact 6, A19)",
+        (Kind.DRAIN_FAULT,),
+    ),
+    Property(
+        "target_has_page",
+        "on the target of a migration no write of the SPU finds its page still at the source, for it cannot wait",
+        "O. Upton 27 Jul and 9 Aug 2022 (kvm.md L3, M7)",
+        (Kind.ABSENT_PAGE,),
+    ),
+    Property(
+        "dirty_log_complete",
+        "the dirty log has every page that the SPU wrote to since it was last read",
+        "M. Zyngier 27 Jul 2022 (kvm.md L2, M6)",
+        (Kind.UNLOGGED,),
+    ),
+    Property(
         "pin_keeps_page",
         "the page that KVM holds pinned is the one that the VMM has at that address",
         "kvm.md H7 (MADV_DONTNEED, balloon, hole punch)",
@@ -165,6 +177,12 @@ KINDS: Mapping[Kind, KindInfo] = {
         "as the Arm ARM allows"
     ),
     Kind.BLACKOUT_HOST: KindInfo("profiling is wanted and off, and the host took the page", by_host=True),
+    Kind.BLACKOUT_MIGRATION: KindInfo("profiling is wanted and off, because of the migration"),
+    Kind.ABSENT_PAGE: KindInfo("post-copy fault: the SPU writes to a page that is still at the source"),
+    Kind.UNLOGGED: KindInfo("the SPU has written to a page that the dirty log does not tell: the target has old data"),
+    Kind.DRAIN_FAULT: KindInfo(
+        "the drain faults at stage 2: KVM let go of the page when profiling was disabled", by_host=True
+    ),
     Kind.BLACKOUT_BUG: KindInfo("profiling is wanted and off, because of KVM's bug"),
     Kind.CUT_RESUMED: KindInfo("a cut record (DL=1) stays in the buffer: KVM resumed and told nobody"),
     Kind.SWITCHED_OFF: KindInfo("the guest's driver switches SPE off, and without DL it tells perf nothing"),
@@ -182,155 +200,6 @@ KINDS: Mapping[Kind, KindInfo] = {
 }
 
 assert {kind for p in PROPERTIES for kind in p.kinds} == set(KINDS)
-
-_TAINT, _BLACK = int(Aux.TAINT), int(Aux.BLACK)
-_BY_HOST, _EDITED, _UNLAWFUL = int(Taint.HOST), int(Taint.EDITED), int(Taint.UNLAWFUL)
-_BUG, _MIGRATED = int(Taint.BUG), int(Taint.MIGRATED)
-_NO_LIMIT, _ENDED = int(Taint.NO_LIMIT), int(Taint.ENDED)
-_STAGE2_FAULT = int(Hook.STAGE2_FAULT)
-_SPE_V1P3 = 4  # ID_AA64DFR0_EL1.PMSVer
-
-_BUFFER_FULL, _RING_FULL = int(LostCause.BUFFER_FULL), int(LostCause.RING_FULL)
-_STAGE1_FAULT, _GUEST_ERROR = int(LostCause.STAGE1_FAULT), int(LostCause.GUEST_ERROR)
-_KVM_BUG = int(LostCause.STAGE2_KVM_BUG)
-_HOST, _MIGRATION = int(LostCause.STAGE2_HOST), int(LostCause.STAGE2_MIGRATION)
-
-_CAUSE_GUEST, _CAUSE_HOST, _CAUSE_BUG, _CAUSE_MIGRATION = 2, 3, 4, 5  # spepolicy.hookspecs.Cause
-
-_bit = {kind: 1 << kind for kind in Kind}
-_B_BLACKOUT, _B_EDITED, _B_HOST = _bit[Kind.BLACKOUT], _bit[Kind.BLACKOUT_EDITED], _bit[Kind.BLACKOUT_HOST]
-_B_BUG = _bit[Kind.BLACKOUT_BUG]
-_B_CUT, _B_OFF, _B_DROPPED = _bit[Kind.CUT_RESUMED], _bit[Kind.SWITCHED_OFF], _bit[Kind.DROPPED]
-_B_OUTSIDE, _B_DIVERGED, _B_ABORT = _bit[Kind.OUTSIDE], _bit[Kind.DIVERGED], _bit[Kind.EXTERNAL_ABORT]
-_B_LEAK, _B_LIMIT, _B_REFUSED = _bit[Kind.LEAK], _bit[Kind.OVER_LIMIT], _bit[Kind.REFUSED]
-_B_PINNED, _B_STALE, _B_CLAIM = _bit[Kind.PINNED_FAULT], _bit[Kind.STALE_PIN], _bit[Kind.IMPOSSIBLE_CLAIM]
-
-
-@jit
-def _is_black(m: Machine, i: int, k: int) -> bool:
-    """Tell whether vCPU *k* is in a blackout, as `machine.blackout` books it, that virtualization is the reason of: not
-    a full buffer, a full ring, or an error of the guest's own.
-    """
-    par = params(m, i)
-    v = vcpu_row(m, i, k)
-    selected = par.profile_kernel if v.level == 1 else par.profile_user
-    if v.wanted == 0 or selected == 0 or profiling_enabled(v):
-        return False
-    if v.pmbsr & PMBSR_S == 0 and v.pmblimitr & PMBLIMITR_E != 0:
-        return False
-    return v.stop_cause not in (_BUFFER_FULL, _RING_FULL, _STAGE1_FAULT, _GUEST_ERROR)
-
-
-@jit
-def _blackout(m: Machine, i: int, k: int, taint: int) -> int:
-    """Say what kind a blackout is that begins now. Where the host has acted, one that it is not the cause of is found
-    on a shorter trace without it.
-    """
-    if taint & _UNLAWFUL != 0:
-        return 0
-    if vcpu_row(m, i, k).stop_cause in (_HOST, _MIGRATION):
-        return _B_HOST
-    if vcpu_row(m, i, k).stop_cause == _KVM_BUG:
-        return _B_BUG
-    if taint & (_BY_HOST | _BUG | _MIGRATED) != 0:
-        return 0
-    return _B_EDITED if taint & _EDITED != 0 else _B_BLACKOUT
-
-
-@jit
-def _written(m: Machine, i: int, k: int) -> int:
-    """Look where the records of this step went."""
-    par = params(m, i)
-    v = vcpu_row(m, i, k)
-    entry = tlb(m, i, k)[v.tlb_page & par.tlb_mask]
-    if v.tlb_page == -1 or par.own_buffer != 0:  # the SPU writes to KVM's own buffer
-        return 0
-    page = entry[2] - par.ram_page0
-    if page < 0 or page >= par.ram_pages:
-        return _B_OUTSIDE
-    word = host_page(m, i)[page]
-    if word & FRAME != entry[1]:
-        # A pin keeps the old frame from being given away; without one it may be anybody's by now.
-        return _B_DIVERGED if word & PIN_MASK != 0 else _B_OUTSIDE
-    n = entry[0] - (v.buffer_va >> 12)
-    if n < 0 or n >= par.buffer_pages:
-        return _B_OUTSIDE
-    # Without a TLBI the SPU may go on with what its TLB holds (spe.md rule 32).
-    if entry[3] & STRAY == 0 and buffer_page(m, i, k, n) != page:
-        return _B_OUTSIDE
-    return 0
-
-
-@jit
-def _pinned_fault(m: Machine, i: int) -> int:
-    """Tell whether the stage 2 fault of this step hit a page that KVM holds pinned."""
-    par = params(m, i)
-    w = walk_row(m, i)
-    if w.status & STAGE2 == 0:
-        return 0
-    page = (w.address >> 12) - par.ram_page0
-    if page < 0 or page >= par.ram_pages or host_page(m, i)[page] & PIN_MASK == 0:
-        return 0
-    return _B_PINNED
-
-
-@jit
-def _answer(m: Machine, i: int, k: int, taint: int) -> int:
-    """Look at how the policy answered a stage 2 fault."""
-    v = vcpu_row(m, i, k)
-    tr = truth_row(m, i, k)
-    found = 0
-    if tr.resumed_cut != 0:
-        found |= _B_CUT
-    elif v.answered == 1:
-        found |= _B_DROPPED
-    claim = v.claim
-    if (
-        (claim == _CAUSE_HOST and taint & (_BY_HOST | _MIGRATED) == 0)
-        or (claim == _CAUSE_GUEST and taint & (_EDITED | _UNLAWFUL) == 0)
-        or (claim == _CAUSE_BUG and taint & _BUG == 0)
-        or (claim == _CAUSE_MIGRATION and taint & _MIGRATED == 0)
-    ):
-        found |= _B_CLAIM
-    return found
-
-
-@jit
-def broken(m: Machine, i: int, aux: Ints, hook: int, spe_version: int) -> int:
-    """Return the kinds of violation in lane *i* after a step, as bits. *hook* is the one that the step ended with; the
-    lane's counters were zero before the step.
-    """
-    vm = vm_row(m, i)
-    par = params(m, i)
-    taint = aux[_TAINT]
-    found = 0
-    if taint & _ENDED != 0:
-        return _B_LEAK if vm.pinned_pages != 0 else 0
-    if vm.pinned_pages > par.memlock_pages and taint & _NO_LIMIT == 0:
-        found |= _B_LIMIT
-    if vm.pin_refused != 0:
-        found |= _B_REFUSED
-    if vm.stale_pins != 0:
-        found |= _B_STALE
-    black = 0
-    for k in range(par.vcpus):
-        tr = truth_row(m, i, k)
-        if _is_black(m, i, k):
-            black |= 1 << k
-            if (aux[_BLACK] >> k) & 1 == 0:
-                found |= _blackout(m, i, k, taint)
-        if tr.silent_fatal != 0 and vcpu_row(m, i, k).stop_cause not in (_STAGE1_FAULT, _GUEST_ERROR):
-            found |= _B_OFF  # an error of the guest's own would be as silent on bare metal
-        if tr.injected_external != 0 and spe_version >= _SPE_V1P3:
-            found |= _B_ABORT
-        if tr.written != 0:
-            found |= _written(m, i, k)
-        if tr.stage2_faults != 0 and hook != _STAGE2_FAULT:  # where the policy has answered, its pins are new
-            found |= _pinned_fault(m, i)
-        if hook == _STAGE2_FAULT and vm.hook_vcpu == k:
-            found |= _answer(m, i, k, taint)
-    aux[_BLACK] = black
-    return found
 
 
 def property_of(kind: Kind) -> Property:

@@ -74,7 +74,10 @@ def summary(explored: Sequence[Explored], settings: Settings, folder: Path) -> s
     lines += ["", *_table(explored), ""]
     lines += [f"{e.policy} {_coverage(e.outcome)}" for e in explored]
     machine = f"{settings.vcpus} vCPU, {settings.buffer_pages} buffer pages, {settings.guest} guest"
-    lines += ["", f"machine: {machine}, memlock {settings.memlock_pages} pages"]
+    machine += f", memlock {settings.memlock_pages} pages, memory {settings.backing.name.lower()}"
+    if settings.migration:
+        machine += f", migration {settings.migration.name.lower()} with handling {settings.handling.name.lower()}"
+    lines += ["", f"machine: {machine}"]
     first = explored[0]
     if first.traces:
         _, text, path = min(first.traces, key=lambda trace: len(trace[0].events))

@@ -14,11 +14,19 @@ from spepolicy.explore.bench import Bench
 from spepolicy.explore.model import Settings, make_model
 from spepolicy.explore.properties import PROPERTIES
 from spepolicy.explore.trace import Replay, replay
-from spepolicy.machine.scenario import Bug, Cpu, IrqDelivery
+from spepolicy.machine.hostops import Backing, Kernel
+from spepolicy.machine.scenario import Bug, Cpu, Handling, IrqDelivery, MigrationKind
 
 __all__ = ["Scenario", "Verdict", "read", "run", "write"]
 
-_ENUMS: Mapping[str, type[IntEnum]] = {"irq_delivery": IrqDelivery, "bug": Bug}
+_ENUMS: Mapping[str, type[IntEnum]] = {
+    "irq_delivery": IrqDelivery,
+    "bug": Bug,
+    "backing": Backing,
+    "kernel": Kernel,
+    "migration": MigrationKind,
+    "handling": Handling,
+}
 _KEYS = ("name", "title", "source", "initial", "events", "repeats", "verdicts")
 
 

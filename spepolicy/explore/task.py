@@ -21,18 +21,21 @@ from spepolicy.explore.search import INTERRUPTED, Bounds, Found, Outcome, Progre
 from spepolicy.explore.trace import replay, trace_text
 from spepolicy.hookspecs import Cause
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import Cpu, Kvm
+from spepolicy.machine.scenario import Scenario
 from spepolicy.schema import ExploreSettings, settings_of
 
 __all__ = ["bounds_of", "explore", "settings_from"]
 
+_GROUPS = ("explore", "cpu", "kvm", "host", "migration")
 _LISTS = ("sessions", "tlbi", "host_ops", "host_targets", "compare")
 _TEXTS = ("spill_dir", "resume")
 _BOUNDS = ("max_states", "max_depth", "max_time", "frontier_memory")
 
 
-def settings_from(config: Mapping[str, Any], cpu: Cpu, kvm: Kvm) -> Settings:
-    """Return the settings in the group `explore` of a plain configuration, checked."""
+def settings_from(config: Mapping[str, Any], scenario: Scenario) -> Settings:
+    """Return the settings in the group `explore` of a plain configuration, checked, and what matters of *scenario*, the
+    other groups' part.
+    """
     values = group_at(config, "explore")
     rules = settings_of(ExploreSettings)
     chosen = checked_fields(values, ExploreSettings, "explore", special=(*_LISTS, *_TEXTS))
@@ -50,9 +53,14 @@ def settings_from(config: Mapping[str, Any], cpu: Cpu, kvm: Kvm) -> Settings:
         tlbi=tuple(name == "with" for name in lists["tlbi"]),
         host_ops=lists["host_ops"],
         host_targets=lists["host_targets"],
-        cpu=cpu,
-        irq_delivery=kvm.irq_delivery,
-        bug=kvm.bug,
+        cpu=scenario.cpu,
+        irq_delivery=scenario.kvm.irq_delivery,
+        bug=scenario.kvm.bug,
+        backing=scenario.host.backing,
+        kernel=scenario.host.kernel,
+        migration=scenario.migration.kind,
+        handling=scenario.migration.handling,
+        migration_abort=scenario.migration.abort,
     )
 
 
@@ -73,8 +81,7 @@ def explore(
     config: Mapping[str, Any],
     policies: Mapping[str, object],
     run_dir: Path,
-    cpu: Cpu,
-    kvm: Kvm,
+    scenario: Scenario,
     threads: int,
     tracking: Any,
     say: Callable[[str], None],
@@ -86,7 +93,7 @@ def explore(
     from spepolicy.lab import output
     from spepolicy.lab.tracking import Tracker
 
-    settings, bounds = settings_from(config, cpu, kvm), bounds_of(config)
+    settings, bounds = settings_from(config, scenario), bounds_of(config)
     values = group_at(config, "explore")
     folder = output.open_folder(run_dir)
     start_ms = int(time.time() * 1000)
@@ -228,7 +235,7 @@ def _record(explored: Explored, config: Mapping[str, Any], text: str, results: l
     for found, _text, _path in explored.traces:
         key = f"steps_to_break/{found.rule.name}"
         steps[key] = min(steps.get(key, float("inf")), len(found.events))
-    shown = {key: value for key, value in config.items() if key in ("explore", "cpu", "kvm")}
+    shown = {key: value for key, value in config.items() if key in _GROUPS}
     depths = outcome.levels[:: -(-len(outcome.levels) // 100) or 1]
     stride = -(-len(outcome.levels) // 100) or 1
     policy = explored.instance

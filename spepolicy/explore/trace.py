@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from spepolicy.arch.registers import (
     EC_IMPDEF,
     EC_OTHER,
@@ -23,11 +25,12 @@ from spepolicy.arch.registers import (
 from spepolicy.explore.acts import SESSION_NAMES, Act, Event, Target, event_name
 from spepolicy.explore.added import AddedProperty, States, added_properties
 from spepolicy.explore.bench import Bench
+from spepolicy.explore.image import stage2_of
 from spepolicy.explore.properties import KINDS, Kind, Property, property_of
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.hostpage import EMPTY, FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED
+from spepolicy.machine.hostpage import EMPTY, FOLIO, FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED
+from spepolicy.machine.scenario import ABSENT, MigrationKind
 from spepolicy.machine.state import Hook, Segment
-from spepolicy.mmu.tables import STAGE2_FRAME0
 from spepolicy.mmu.walker import OA_MASK, S1_READ_ONLY, S2_WRITE, VALID
 
 __all__ = ["Replay", "Step", "replay", "trace_text"]
@@ -109,7 +112,7 @@ def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
                 True,
                 actor,
                 text,
-                _policy_text(bench, hooks),
+                _policy_text(bench, hooks, before.pinned),
                 before.differences(after),
                 tuple(kinds),
                 tuple(rule for rule in rules if rule in now - broken),
@@ -141,7 +144,8 @@ class _State:
             self.registers |= {prefix + name: value for name, value in zip(_REGISTERS, values, strict=True)}
             for n in range(bench.image.buffer_pages):
                 self.pages[f"{prefix}buffer page {n}"] = _page_text(bench, k, n)
-        self.pages["pages pinned"] = str(int(m.vm["pinned_pages"][0]))
+        self.pinned = int(m.vm["pinned_pages"][0])
+        self.pages["pages pinned"] = str(self.pinned)
 
     def lines(self) -> tuple[str, ...]:
         return tuple(f"{name}: {value}" for name, value in (*self.registers.items(), *self.pages.items()))
@@ -186,24 +190,29 @@ def _page_text(bench: Bench, k: int, n: int) -> str:
 
 def _backing_text(bench: Bench, page: int) -> str:
     """Say what stage 2 and the host have for a guest page."""
-    m, image = bench.m, bench.image
+    m = bench.m
     word = int(m.host_page[0, page])
     parts = []
-    if image.leaf2[page] >= 0:
-        at = int(image.pool_at[image.leaf2[page] - image.offset("pool")])
-        leaf = int(m.pool[0].reshape(-1)[at])
-        if not leaf & VALID or leaf >> 12 & 0xF_FFFF_FFFF >= STAGE2_FRAME0:
+    if bench.behaviour.virtualized:
+        found = np.zeros(2, dtype=np.int64)
+        stage2_of(bench.handle, page, found)
+        leaf, level = int(found[0]), int(found[1])
+        frame = ((leaf & OA_MASK) >> 12) + (page % FOLIO if level == 2 else 0)
+        if not leaf & VALID:
             parts.append("not mapped at stage 2")
-        elif (leaf & OA_MASK) >> 12 != word & FRAME:
+        elif frame != word & FRAME:
             parts.append("stage 2 shows a page that the host has replaced")
         else:
-            parts.append("mapped at stage 2" + ("" if leaf & S2_WRITE else " read-only"))
+            mapped = "mapped at stage 2" + (" by a block" if level == 2 else "")
+            parts.append(mapped + ("" if leaf & S2_WRITE else " read-only"))
     if pins := (word & PIN_MASK) // PIN_ONE:
         parts.append("pinned" if pins == 1 else f"pinned {pins} times")
     if word & HOLE:
         parts.append("no memory behind it")
     elif word & EMPTY:
         parts.append("discarded by the VMM")
+    elif m.dirty.shape[1] > page and m.dirty[0, page] & ABSENT:
+        parts.append("still at the source")
     elif not word & PRESENT:
         parts.append("swapped out")
     elif word & SHARED:
@@ -223,12 +232,14 @@ _DRIVER = {
     Segment.IRQ_HANDLER: "arm_spe_pmu_irq_handler() returns",
 }
 
+_DRAINS = ", PSB CSYNC, DSB"
+
 _PLAIN = {
     Act.SYSCALL: (_GUEST, "the program makes a system call: exception entry to EL1"),
     Act.ERET: (_GUEST, "ERET to EL0"),
-    Act.SWITCH_OUT: (_GUEST, "the scheduler takes the profiled task off the CPU: PMSCR_EL1=0, PSB CSYNC, DSB"),
+    Act.SWITCH_OUT: (_GUEST, "the scheduler takes the profiled task off the CPU: PMSCR_EL1=0" + _DRAINS),
     Act.SWITCH_IN: (_GUEST, "the scheduler puts the profiled task on the CPU"),
-    Act.RENEW: (_GUEST, "perf ends its session: PMSCR_EL1=0, PSB CSYNC, DSB; another session is to follow"),
+    Act.RENEW: (_GUEST, "perf ends its session: PMSCR_EL1=0" + _DRAINS + "; another session is to follow"),
     Act.VIRQ: (_GUEST, "takes its PMBIRQ: exception entry to EL1"),
     Act.READ: (_GUEST, "perf reads the AUX ring"),
     Act.RESTORE: (_GUEST, "maps all of its buffer again"),
@@ -242,6 +253,11 @@ _PLAIN = {
     Act.VM_END: (_HOST, "the VM is destroyed"),
     Act.TIMER: (_KVM, "the policy's timer fires"),
     Act.BUG: (_KVM, "the injected bug strikes the next time that it can"),
+    Act.MIGRATE_ROUND: (_HOST, "migration: the pages of the round are sent; the dirty log is read, and protects again"),
+    Act.MIGRATE_STOP: (_HOST, "migration: the dirty log is read for the last time, the vCPUs stop, SPE is drained"),
+    Act.MIGRATE_RESUME: (_HOST, "migration: the vCPUs run on the target; stage 2 is empty, nothing is pinned"),
+    Act.MIGRATE_ARRIVE: (_HOST, "migration: the pages that nobody had asked for have arrived"),
+    Act.MIGRATE_CANCEL: (_HOST, "migration: the VMM gives up, the guest goes on at the source"),
 }
 _EDITS = {
     Act.MOVE_PAGE: "puts another page, which no CPU has touched, behind page {n} of its buffer",
@@ -255,11 +271,20 @@ _EDITS = {
 def _told(bench: Bench, event: Event) -> tuple[str, str]:
     """Return (who acts, what happens) for *event* in the state of lane 0."""
     v = bench.m.vcpu[0, event.vcpu]
+    if event.act in (Act.SWITCH_OUT, Act.RENEW) and bench.behaviour.hooks >> Hook.PROFILING_DISABLED & 1:
+        actor, text = _PLAIN[event.act]
+        return actor, text.replace(_DRAINS, "")  # an event of its own
     if event.act in _PLAIN:
         return _PLAIN[event.act]
+    if event.act is Act.MIGRATE_START:
+        if bench.model.scenario.migration.kind == MigrationKind.POSTCOPY:
+            return _HOST, "migration: the VMM stops the vCPUs at once; memory is to follow (post-copy)"
+        return _HOST, "migration: the dirty log goes on, stage 2 is write-protected, all pages are sent"
     if event.act is Act.OPEN:
         driver = _DRIVER[Segment.START]
         return _GUEST, f"perf opens a session with {{E0SPE,E1SPE}} = {SESSION_NAMES[event.a]}. {driver}"
+    if event.act is Act.DRIVER and v["drain_due"]:
+        return _GUEST, "arm_spe_pmu_stop(): PSB CSYNC, DSB"
     if event.act is Act.DRIVER:
         return _GUEST, _DRIVER[Segment(int(v["segment"]))]
     if event.act in _EDITS:
@@ -292,8 +317,8 @@ _POLICY_DID = (
 )
 
 
-def _policy_text(bench: Bench, hooks: Sequence[Hook]) -> str:
-    """Say which hooks were called and what came of them, from what the last step counted."""
+def _policy_text(bench: Bench, hooks: Sequence[Hook], pinned: int) -> str:
+    """Say which hooks were called and what came of them, from what the last step counted. *pinned*: pages, before."""
     if not hooks:
         return ""
     m = bench.m
@@ -303,6 +328,8 @@ def _policy_text(bench: Bench, hooks: Sequence[Hook]) -> str:
         did.append(f"cannot pin {int(vm['pin_refused'])} pages within the memlock limit")
     if vm["pin_calls"]:
         did.append(f"pins {int(vm['pin_calls'])} pages")
+    if unpinned := pinned + int(vm["pin_calls"]) - int(vm["pinned_pages"]):
+        did.append(f"unpins {unpinned} pages")
     if vm["stage2_maps"]:
         did.append(f"maps {int(vm['stage2_maps'])} at stage 2")
     for counter, text in _POLICY_DID:

@@ -43,6 +43,7 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.scenario import GuestDriver
 from spepolicy.machine.shadow import read_limit
+from spepolicy.machine.spu import drain
 from spepolicy.machine.state import NEVER, Hook, Machine, Segment
 from spepolicy.machine.trace import VIRQ, ZERO, log
 
@@ -63,6 +64,7 @@ _BUFFER_DISABLED = int(Hook.BUFFER_DISABLED)
 _BUFFER_STOPPING = int(Hook.BUFFER_STOPPING)
 _BUFFER_ANNOUNCED = int(Hook.BUFFER_ANNOUNCED)
 _USER_PROFILING_ARMED = int(Hook.USER_PROFILING_ARMED)
+_PROFILING_DISABLED = int(Hook.PROFILING_DISABLED)
 _ERET = int(Hook.ERET)
 
 # Columns of Machine.phase.
@@ -175,8 +177,26 @@ def _leave_task(m: Machine, i: int, k: int) -> None:
     v = vcpu_row(m, i, k)
     close_window(m, i, k)
     v.wanted = 0
-    _driver_code(m, v, _STOP, par.stop_ps)
+    if disabling_is_seen(par, v):
+        # PMSCR_EL1=0 traps and KVM looks at it; the PSB CSYNC and DSB behind it come when it is done.
+        v.drain_due = 1
+        v.hook_next = _PROFILING_DISABLED
+        _driver_code(m, v, _STOP, 0)
+    else:
+        _driver_code(m, v, _STOP, par.stop_ps)
     stop_sampling(m, i, k)
+
+
+@jit
+def disabling_is_seen(par: Any, v: Any) -> bool:
+    """Tell whether the policy has to look at a write of PMSCR_EL1=0 now: it switches off what was on, and traps."""
+    return (
+        (par.hooks >> _PROFILING_DISABLED) & 1 != 0
+        and par.trap_pms != 0
+        and v.pmscr & (PMSCR_E0SPE | PMSCR_E1SPE) != 0
+        and read_limit(par, v) & PMBLIMITR_E != 0
+        and v.pmbsr & PMBSR_S == 0
+    )
 
 
 @jit
@@ -311,6 +331,11 @@ def segment_end(m: Machine, i: int, k: int) -> int:
         v.eret_pending = 0
         _resume_program(m, i, k)
         return hook
+    if segment == _STOP and v.drain_due != 0:
+        v.drain_due = 0
+        drain(m, i, k)
+        _driver_code(m, v, _STOP, par.stop_ps)
+        return _NONE
     if segment == _STOP:
         return _stopped(m, i, k)
     if segment == _IRQ_ENTRY:

@@ -255,6 +255,7 @@ segment_end_ps      guest time at which the segment ends
 segment_ps          its length in program time
 restart             1: perf enabled the event again, or opened a new session: arm_spe_pmu_start is due
 hook_next           HOOK_* that follows the one just answered
+drain_due           1: the guest has written PMSCR_EL1=0, KVM has looked at it, and the guest's drain is to come
 level               exception level it executes at, 0 or 1
 distribution        which operations it executes
 resume_segment      segment that an interrupt handler returns to
@@ -434,6 +435,7 @@ class Hook(IntEnum):
     BUFFER_ANNOUNCED = 13
     MIGRATION_STARTED = 14
     MIGRATION_FINISHED = 15
+    PROFILING_DISABLED = 16
 
 
 class Segment(IntEnum):

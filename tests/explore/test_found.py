@@ -9,16 +9,16 @@ import pytest
 
 from spepolicy.batch import Vcpus, Vms
 from spepolicy.errors import HookError
-from spepolicy.explore.acts import Event, event_name
+from spepolicy.explore.acts import Act, Event, event_name
 from spepolicy.explore.added import AddedProperty
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.properties import Kind
 from spepolicy.explore.search import Bounds, Found, Outcome, search
 from spepolicy.explore.trace import replay
+from spepolicy.hookspecs import Cause, Trap, hookimpl
 from spepolicy.hookspecs import Event as Told
-from spepolicy.hookspecs import Trap, hookimpl
-from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import Cpu
+from spepolicy.machine.hostops import Backing, HostOp
+from spepolicy.machine.scenario import Cpu, Handling, MigrationKind
 
 from .conftest import explored, model_of
 
@@ -215,6 +215,122 @@ def test_a_policy_that_forgets_its_pins_is_found_out() -> None:
     assert not ways(search_instance(PinWhileEnabled(), 6), Kind.LEAK)
 
 
+# ---- migration ------------------------------------------------------------------------------------------------------
+
+POSTCOPY: dict[str, Any] = {"migration": MigrationKind.POSTCOPY, "sessions": ("el0_el1",), "max_switches": 0}
+PRECOPY: dict[str, Any] = POSTCOPY | {"migration": MigrationKind.PRECOPY}
+
+
+@pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault", "map_on_fault"])
+def test_post_copy_faults(policy: str) -> None:
+    """L3, O. Upton 27 July 2022: absent on the target, and no way to wait for it."""
+    (found,) = ways(explored(policy, 8, **POSTCOPY), Kind.ABSENT_PAGE)
+    assert names(found)[-3:] == ["migrate_start", "migrate_resume", "write"]
+
+
+def test_a_prefaulted_target_has_no_post_copy_fault_of_an_open_session() -> None:
+    """M7: what is enabled is mapped before the vCPU runs; a session opened later is none of its business."""
+    outcome = explored("map_on_fault", 9, handling=Handling.PREFAULT_TARGET, **POSTCOPY)
+    (found,) = ways(outcome, Kind.ABSENT_PAGE)
+    assert names(found).index("migrate_resume") < names(found).index("open {1,1}")
+
+
+@pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault", "map_on_fault"])
+def test_the_dirty_log_takes_the_buffer_away(policy: str) -> None:
+    """L1: stage 2 is write-protected, and the SPU writes."""
+    outcome = explored(policy, 8, **PRECOPY)
+    (found,) = ways(outcome, Kind.BLACKOUT_MIGRATION)
+    assert "migrate_start" in names(found)
+    assert not ways(outcome, Kind.UNLOGGED)
+
+
+@pytest.mark.parametrize(("handling", "lost"), [(Handling.UNREPORTED, True), (Handling.REPORT_DIRTY, False)])
+def test_what_is_not_write_protected_must_be_reported(handling: Handling, lost: bool) -> None:
+    """L2 and M6, M. Zyngier 27 July 2022."""
+    outcome = explored("eager_pin", 9, {"pin_stage1_tables": True}, handling=handling, **PRECOPY)
+    assert bool(ways(outcome, Kind.UNLOGGED)) is lost
+
+
+def test_spe_that_is_stopped_for_a_migration_is_a_blackout_that_nobody_is_told_of() -> None:
+    """M4 and L6: KVM_ARM_VCPU_SPE_STOP_TRAP."""
+    (found,) = ways(explored("pin_vm", 6, handling=Handling.STOP_TRAP, **PRECOPY), Kind.BLACKOUT_MIGRATION)
+    assert names(found) == ["open {1,1}", "driver", "migrate_start"]
+
+
+def test_a_vcpu_that_the_vmm_holds_does_nothing() -> None:
+    """M3: from the write that turns SPE on while the log is on, to the end of the migration."""
+    bench = Bench(model_of("eager_pin", handling=Handling.EXIT_WHILE_LOGGING, **PRECOPY), 1)
+    by_name = {event_name(event): n for n, event in enumerate(bench.model.events)}
+    for name in ("migrate_start", "open {1,1}"):
+        assert bench.possible()[by_name[name]]
+        bench.step(bench.model.events[by_name[name]])
+    assert bench.m.vcpu["blocked"][0, 0] == 1
+    assert {name for name, n in by_name.items() if bench.possible()[n]} == {
+        "migrate_round", "migrate_stop", "migrate_cancel"
+    }  # fmt: skip
+    bench.step(bench.model.events[by_name["migrate_cancel"]])
+    assert bench.possible()[by_name["driver"]]
+
+
+# ---- the drain ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UnpinAtDisable(PinWhileEnabled):
+    """Unpin as soon as profiling is disabled, which is before the guest's drain."""
+
+    @hookimpl
+    def traps(self) -> Trap:
+        return Trap.PMB | Trap.PMS
+
+    @hookimpl
+    def profiling_disabled(self, vcpus: Vcpus) -> None:
+        vcpus.unpin()
+
+
+DRAIN: dict[str, Any] = {
+    "in_flight": True, "host_ops": ("reclaim", "compact"), "sessions": ("el0_el1",), "max_syscalls": 0, "max_exits": 0
+}  # fmt: skip
+
+
+def test_unpinning_at_disable_makes_the_drain_fault() -> None:
+    """A19, A. Elisei 27 July 2022: the PSB CSYNC comes after PMSCR_EL1=0, and writes."""
+    outcome = search_instance(UnpinAtDisable(), 7, **DRAIN)
+    found = ways(outcome, Kind.DRAIN_FAULT, HostOp.RECLAIM)[0]
+    assert names(found) == ["open {1,1}", "driver", "select", "switch_out", "host reclaim buffer 0", "driver"]
+    kept = search_instance(PinWhileEnabled(), 7, **DRAIN)
+    assert not ways(kept, Kind.DRAIN_FAULT)
+    assert not ways(kept, Kind.BLACKOUT_HOST, HostOp.RECLAIM)  # what is pinned is not reclaimed
+
+
+# ---- huge pages and two vCPUs ---------------------------------------------------------------------------------------
+
+
+def test_what_the_host_does_to_one_page_takes_the_huge_page_from_stage_2() -> None:
+    """H1 and H3: a pinned huge page loses its block; a split of it for a neighbour's sake is enough."""
+    outcome = explored(
+        "eager_pin", 4, {"pin_stage1_tables": True}, backing=Backing.THP, max_syscalls=0, max_exits=0,
+        sessions=("el0_el1",), host_targets=("buffer", "former"),
+        host_ops=("numa_scan", "mprotect", "ksm", "thp_split"),
+    )  # fmt: skip
+    assert ways(outcome, Kind.PINNED_FAULT, HostOp.NUMA_SCAN)
+    assert ways(outcome, Kind.PINNED_FAULT, HostOp.MPROTECT)
+    for op in (HostOp.KSM, HostOp.THP_SPLIT):  # measured: both look at the pin first
+        assert not ways(outcome, Kind.PINNED_FAULT, op)
+
+
+def test_a_limit_that_holds_one_vcpus_buffer_does_not_hold_two() -> None:
+    settings: dict[str, Any] = {"max_renewals": 0, "max_switches": 0, "max_syscalls": 0, "max_exits": 0}
+    one = explored("eager_pin", 99, memlock_pages=2, **settings)
+    assert one.complete
+    assert not ways(one, Kind.REFUSED)
+    two = explored("eager_pin", 13, memlock_pages=2, vcpus=2, **settings)
+    assert two.states > one.states
+    (found,) = ways(two, Kind.REFUSED)
+    assert {event.vcpu for event in found.events} == {0, 1}
+    assert len({event.a for event in found.events if event.act is Act.OPEN}) == 1  # one perf event, on both
+
+
 # ---- claims and livelocks -------------------------------------------------------------------------------------------
 
 
@@ -222,6 +338,24 @@ def test_eager_pin_blames_a_host_that_has_done_nothing() -> None:
     """Its handler claims HOST for every fault; the first one of a {1,0} session is nobody's."""
     assert ways(explored("eager_pin", 8), Kind.IMPOSSIBLE_CLAIM)
     assert not ways(explored("pin_on_fault", 8), Kind.IMPOSSIBLE_CLAIM)
+
+
+@dataclass
+class Excuse(PinWhileEnabled):
+    """Always say that nothing had been pinned yet."""
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.claim(Cause.NOT_PINNED)
+        faults.inject(Told.IMPDEF, data_loss=True)
+
+
+def test_a_page_that_is_pinned_is_not_one_that_is_not_pinned_yet() -> None:
+    outcome = search_instance(Excuse(), 9, host_ops=("numa_scan",), sessions=("el0_el1",))
+    (found,) = ways(outcome, Kind.IMPOSSIBLE_CLAIM)
+    assert found.detail == Cause.NOT_PINNED
+    assert "host numa_scan buffer 0" in names(found)
+    assert not ways(search_instance(Excuse(), 9, sessions=("el0_el1",)), Kind.IMPOSSIBLE_CLAIM)
 
 
 def test_a_fault_that_nobody_repairs_comes_for_ever() -> None:

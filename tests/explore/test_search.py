@@ -13,6 +13,7 @@ from spepolicy.explore.acts import Act, event_name, parse_event
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.properties import KINDS
 from spepolicy.explore.search import Bounds, Outcome, search
+from spepolicy.machine.scenario import MigrationKind
 
 from .conftest import explored, model_of
 
@@ -100,10 +101,21 @@ def passing(bench: Bench) -> Any:
     return mask
 
 
-@pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault"])
-def test_symmetry_loses_no_violation_and_delays_none(policy: str) -> None:
-    settings: dict[str, Any] = {"host_ops": ("ksm", "dontneed"), "edits": "any", "tlbi": (True, False)}
-    model, depth = model_of(policy, **settings), 6
+HOST: dict[str, Any] = {"host_ops": ("ksm", "dontneed"), "edits": "any", "tlbi": (True, False)}
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "depth"),
+    [
+        ("eager_pin", HOST, 6),
+        ("pin_on_fault", HOST, 6),
+        ("pin_on_fault", {"migration": MigrationKind.PRECOPY, "edits": "any", "host_ops": ("dontneed",)}, 6),
+        ("map_on_fault", {"migration": MigrationKind.POSTCOPY, "edits": "any", "host_ops": ("dontneed",)}, 6),
+        ("eager_pin", {"vcpus": 2, "host_ops": ("dontneed",), "memlock_pages": 1, "edits": "any"}, 5),
+    ],
+)
+def test_symmetry_loses_no_violation_and_delays_none(policy: str, settings: dict[str, Any], depth: int) -> None:
+    model = model_of(policy, **settings)
     images, kinds = all_states(model, depth)
     outcome = search(model, Bounds(max_depth=depth))
     assert outcome.states < len(images)  # or symmetry would have been of no use

@@ -10,7 +10,9 @@ import pytest
 from spepolicy.explore import expand
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.image import VCPU_PASSING, VM_NAMES, VM_PASSING
+from spepolicy.machine.hostops import Backing
 from spepolicy.machine.hostpage import FRAME
+from spepolicy.machine.scenario import MigrationKind
 from spepolicy.machine.state import VCPU, VM
 from spepolicy.mmu.walker import OA_MASK, VALID
 
@@ -37,18 +39,25 @@ def walked(bench: Bench, seed: int, steps: int) -> list[np.ndarray[Any, Any]]:
     return images
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"migration": MigrationKind.PRECOPY}, {"migration": MigrationKind.POSTCOPY}, {"vcpus": 2},
+     {"backing": Backing.THP, "host_ops": ("numa_scan", "thp", "thp_split", "mprotect", "dontneed", "fork", "move")}],
+    ids=["plain", "precopy", "postcopy", "two_vcpus", "huge_pages"],
+)  # fmt: skip
 @pytest.mark.parametrize("policy", ["eager_pin", "pin_on_fault", "map_on_fault"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_restored_lane_is_the_lane_that_was_saved(policy: str, seed: int) -> None:
-    bench = Bench(model_of(policy, **EVERYTHING), 4)
+def test_a_restored_lane_is_the_lane_that_was_saved(policy: str, seed: int, more: dict[str, Any]) -> None:
+    bench = Bench(model_of(policy, **(EVERYTHING | more)), 4)
     for image in walked(bench, seed, 150):
         bench.put(image)
         # Lane 1 has done nothing since it booted: whatever is not in an image it does not have.
         expand.put(bench.views, bench.layout, 1, image)
-        for name in ("pool", "pool_refs", "host_page", "frames", "tlb"):
+        for name in ("pool", "pool_refs", "host_page", "dirty", "frames", "tlb"):
             array = getattr(bench.m, name)
             assert np.array_equal(array[0], array[1]), name
-        for rows, passing in ((bench.m.vm, VM_PASSING), (bench.m.vcpu[:, 0], VCPU_PASSING)):
+        vcpus = ((bench.m.vcpu[:, k], VCPU_PASSING) for k in range(bench.image.vcpus))
+        for rows, passing in ((bench.m.vm, VM_PASSING), *vcpus):
             for name in rows.dtype.names or ():
                 assert name in passing or rows[name][0] == rows[name][1], name
         assert np.array_equal(bench.rows[0], bench.rows[1])

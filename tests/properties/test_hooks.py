@@ -215,6 +215,30 @@ def test_hook_buffer_disabled() -> None:
     assert per_cpu.count("buffer_disabled") == 0
 
 
+@dataclass
+class Disabling(Recorder):
+    """Recorder that also looks at writes of PMSCR_EL1=0."""
+
+    @hookimpl
+    def profiling_disabled(self, vcpus: Vcpus) -> None:
+        self.calls.append(("profiling_disabled", len(vcpus)))
+        assert ((vcpus.pmscr & np.uint64(0b11)) == 0).all(), "PMSCR_EL1 is written"
+        assert ((vcpus.pmblimitr & np.uint64(1)) == 1).all(), "PMBLIMITR_EL1.E is not"
+        assert ((vcpus.pmbsr & np.uint64(1 << 17)) == 0).all(), "PMBSR_EL1.S"
+
+
+def test_hook_profiling_disabled() -> None:
+    """At each sched-out that finds the SPU running; the drain comes later, and nothing else is different."""
+    recorder, plain = Disabling(), Recorder()
+    result, same = run(recorder), run(plain)
+    assert 0 < recorder.count("profiling_disabled") <= recorder.count("buffer_disabled")
+    for name in ("digest", "selected", "written", "kept", "traps"):
+        assert (result.truth[name] == same.truth[name]).all(), name
+    unseen = Disabling(trap=Trap.PMB)
+    run(unseen)
+    assert unseen.count("profiling_disabled") == 0
+
+
 def test_hook_stage2_fault() -> None:
     """S=1 and EC=0x25 reach the hook; after resume() the SPU goes on at the same pointer and the guest sees nothing."""
     recorder = Recorder()
