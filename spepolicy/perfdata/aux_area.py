@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from spepolicy.arch.registers import PMBSR_COLL, PMBSR_DL
 from spepolicy.drivers.simulate import LaneLog
+from spepolicy.machine.own_buffer import OWN_VA
 from spepolicy.machine.scenario import OpType, Scenario
 from spepolicy.machine.trace import LogKind
 from spepolicy.perfdata.layout import AuxFlag
@@ -118,13 +119,17 @@ def aux_area(log: LaneLog, samples: NDArray[Any], k: int, tid: int | None) -> Au
     heads = rows["a"][session].astype(np.int64)
     ring = scenario.guest.buffer_pages << 12
     offset = rows["a"][ends].astype(np.int64) - int(log.result.vcpu["buffer_va"][0, k])
-    place = base[session] + heads - heads % ring + offset
     written = rows["kind"][ends] == LogKind.WRITTEN
+    sizes = np.where(written, rows["detail"][ends], 0).astype(np.int64)
+    if len(ends) and rows["a"][ends].astype(np.int64).max() >= OWN_VA:
+        offset = heads % ring + _sizes_before(sizes, session)
+    place = base[session] + heads - heads % ring + offset
+    length = int(reads[-1, 2]) if len(reads) else 0
+    written &= place + sizes <= length  # what KVM could not copy is not there
     records = spe_records(done[written], scenario, tid)
     records["offset"] = place[written]
-    length = int(reads[-1, 2]) if len(reads) else 0
     content = np.zeros(length + 2 * scenario.cpu.max_record_bytes, np.uint8)
-    sizes = rows["detail"][ends[written]].astype(np.int64)
+    sizes = sizes[written]
     _put(content, records, place[written], sizes, scenario)
     if not _fixed(scenario):
         after = place + np.where(written, rows["detail"][ends], 0)
@@ -132,6 +137,14 @@ def aux_area(log: LaneLog, samples: NDArray[Any], k: int, tid: int | None) -> Au
         start = np.where(first, base[session] + heads, np.roll(after, 1))
         _put_cut(content, rows[ends], start, done, place, tid, scenario)
     return AuxArea(content[:length].tobytes(), handles, reads, records)
+
+
+def _sizes_before(sizes: NDArray[np.int64], session: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bytes written before each record in its session: where KVM's copy of its own buffer puts it."""
+    before = np.cumsum(sizes) - sizes
+    first = np.searchsorted(session, session)
+    shift: NDArray[np.int64] = before - before[first]
+    return shift
 
 
 def _perf_events(log: LaneLog, rows: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int64]]:
@@ -181,7 +194,10 @@ def _open_handle(log: LaneLog, rows: NDArray[Any], k: int) -> NDArray[Any]:
     syndrome = int(vcpu["pmbsr"]) | int(vcpu["guest_pmbsr"])
     flags = int(AuxFlag.COLLISION) if syndrome & PMBSR_COLL else 0
     flags |= int(AuxFlag.TRUNCATED | AuxFlag.PARTIAL) if syndrome & PMBSR_DL else 0
-    size = int(vcpu["pmbptr"]) - int(vcpu["buffer_va"]) - head % ring
+    pointer = int(vcpu["pmbptr"])
+    if vcpu["own_from"]:  # KVM's own buffer: its bytes are copied to the guest's when the guest closes the handle
+        pointer += int(vcpu["shadow_ptr"]) - int(vcpu["own_from"])
+    size = pointer - int(vcpu["buffer_va"]) - head % ring
     return np.array([(_end_ps(log, k), head, size, flags)], HANDLE)
 
 

@@ -38,6 +38,13 @@ LANES: dict[str, tuple[str, dict[str, Any], Scenario]] = {
     "el1_only": ("bare_metal", {}, scenario(cpu=NEOVERSE, guest=guest(profile_user=False))),
     "large_records": ("bare_metal", {}, scenario(cpu=Cpu(max_record_bytes=256, align_bytes=256))),
     "packed": ("bare_metal", {}, scenario(cpu=PACKED)),
+    # KVM's own buffer, copied to the guest's: as long as the guest's, and shorter, so that it is copied several times.
+    "own_buffer": ("copy_buffer", {}, scenario(cpu=NEOVERSE, guest=guest(vcpus=2))),
+    "own_buffer_packed": (
+        "copy_buffer",
+        {"buffer_KiB": 8},
+        scenario(cpu=PACKED, guest=guest(buffer_pages=16, period_ops=256)),
+    ),
 }
 _LONG = {"buffer_pages": 16, "period_ops": 1024, "task_on_ps": 1000 * US, "task_off_ps": 200 * US}
 _SCANNED = busy_host(HostOp.NUMA_SCAN, interval_ps=300 * US, pages=300)
