@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from spepolicy.drivers.simulate import behaviour_of, call_hook
 from spepolicy.errors import ConfigurationError, UnsupportedPolicyError
 from spepolicy.explore import expand as x
-from spepolicy.explore.acts import Aux, Budget, Event, Taint
-from spepolicy.explore.image import HUGE, VM_FIELDS, VM_PASSING, Image, page_of, policy_rows, views_of
+from spepolicy.explore.acts import Act, Aux, Budget, Event, Taint
+from spepolicy.explore.image import HUGE, Image, page_of, policy_rows, views_of
 from spepolicy.explore.possible import BARE, EDITS, RULES
 from spepolicy.explore.properties import Kind
 from spepolicy.explore.visited import Visited
@@ -69,7 +69,8 @@ class Unfolded:
 class Bench:
     """Lanes of one model, for one thread at a time."""
 
-    def __init__(self, model: Model, lanes: int = _LANES) -> None:
+    def __init__(self, model: Model, lanes: int = _LANES, log_rows: int = 0) -> None:
+        """*log_rows*: rows of the machine's event log of each lane, which then holds what a `step` did."""
         from spepolicy.platforms import why_unsupported
         from spepolicy.plugins import installed_reporters, make_plugin_manager
 
@@ -86,7 +87,7 @@ class Bench:
         # A lane more than can wait: the one that works.
         lanes = max(lanes, 2 * len(self.events) + 2)
         self.lanes = lanes
-        self.m = allocate(scenario, self.behaviour, lanes)
+        self.m = allocate(scenario, self.behaviour, lanes, log_rows)
         state = getattr(model.policy, "State", np.dtype([]))
         self.rows, words = policy_rows(np.dtype(state), lanes, scenario.guest.vcpus)
         self.aux: Ints = np.zeros((lanes, int(Aux.END)), dtype=np.int64)
@@ -253,6 +254,16 @@ class Bench:
         x.possible_events(self.handle, self.views, 0, self.events, self.limits, self.rules, result)
         return result
 
+    def may_write(self, k: int) -> bool:
+        """Tell whether the SPU of vCPU *k* can write in lane 0: profiling is enabled, and the vCPU runs."""
+        writes = [event.act is Act.WRITE and event.vcpu == k for event in self.model.events]
+        return bool(self.possible()[writes].any())
+
+    def target(self, event: Event) -> int:
+        """Return the guest page that a host operation would hit in lane 0, -1 if there is none."""
+        row = np.array([event.act, event.a, event.b, event.c, event.vcpu, event.budget], dtype=np.int64)
+        return int(x.page_hit(self.handle, 0, row))
+
     def step(self, event: Event) -> tuple[int, tuple[Hook, ...]]:
         """Let *event* happen in lane 0, hooks and all; return the kinds of violation as bits, and the hooks called.
 
@@ -264,10 +275,9 @@ class Bench:
         hooks: list[Hook] = []
         with np.errstate(over="ignore"):
             x.take(self.handle, self.views, self.layout, 0, image)
-            self.put(image)  # counters start from zero in every step
-            passed = self.base[self.image.offset("vm") :][: self.image.lengths["vm"]]
-            for name in VM_PASSING:  # and so do those of the VM's row, which an image has as they are
-                self.m.vm[name][0] = passed[VM_FIELDS.index(name)]
+            # Every step begins with the clocks and counters of the first state, as a state from the frontier has them.
+            image[self.image.passing] = self.base[self.image.passing]
+            self.put(image)
             due = first = x.step(self.handle, self.views, 0, row)
             while due:
                 hooks.append(Hook(due))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spepolicy.explore.canonical import decode, encode, gather, restore, state_hash
 from spepolicy.explore.check import broken, note_fault
+from spepolicy.explore.places import target_page
 from spepolicy.explore.possible import find_possible
 from spepolicy.explore.steps import happen, settle
 from spepolicy.explore.visited import look_up
@@ -213,6 +214,12 @@ def step(m: Machine, views: Any, i: int, event: Ints) -> int:
     vm_row(m, i).hook_vcpu = event[4]
     vm_row(m, i).hook = hook
     return hook
+
+
+@entry
+def page_hit(m: Machine, i: int, event: Ints) -> int:
+    """Return the guest page that a host operation hits in lane *i*, -1 if there is none."""
+    return target_page(m, i, event[4], event[2], event[3])
 
 
 @entry

@@ -184,6 +184,7 @@ class Image:
         )
         every = set(range(self.words))
         self.stored: Ints = np.array(sorted(every - passing), dtype=np.int64)
+        self.passing: Ints = np.array(sorted(passing), dtype=np.int64)
         special = {
             at
             for section in ("tlb", "pins", "host_page", "dirty", "frames")

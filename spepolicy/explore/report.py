@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spepolicy.explore.acts import Budget
+from spepolicy.explore.acts import Budget, event_name
 from spepolicy.explore.model import Settings
-from spepolicy.explore.properties import PROPERTIES
+from spepolicy.explore.properties import PROPERTIES, Property
 from spepolicy.explore.search import Found, Outcome
 
-__all__ = ["Explored", "summary", "verdict_rows"]
+__all__ = ["Explored", "matrix", "summary", "verdict_rows"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,41 @@ def _table(explored: Sequence[Explored]) -> list[str]:
     rows = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in zip(*columns, strict=True)]  # fmt: skip
     return [rows[0], "-" * max(len(row) for row in rows), *rows[1:]]
+
+
+def matrix(explored: Sequence[Explored]) -> str:
+    """Return the policies by the properties, and the shortest trace to each that is broken, as text without times: it
+    depends on nothing but configuration and source.
+    """
+    rules = [*PROPERTIES, *(Property(a.name, a.rule, a.source, ()) for e in explored for a in e.outcome.added)]
+    names = list(dict.fromkeys(rule.name for rule in rules))
+    width = max(len(e.policy) for e in explored)
+    lines = [
+        f"{'policy':<{width}}  {'states':>9}  depth  " + " ".join(f"{n:>2}" for n in range(1, len(names) + 1)),
+    ]
+    lines.append("-" * len(lines[0]))
+    traces = []
+    for e in explored:
+        cells = []
+        for number, name in enumerate(names, 1):
+            found = [f for f, _, _ in e.traces if f.rule.name == name]
+            shortest = min(found, key=lambda f: len(f.events), default=None)
+            cells.append(" ." if shortest is None else f"{len(shortest.events):2d}")
+            if shortest is not None:
+                traces.append(f"{e.policy} {number}: {_way(shortest)}")
+        depth = "  all" if e.outcome.complete else f"{e.outcome.depth:5d}"
+        lines.append(f"{e.policy:<{width}}  {e.outcome.states:>9,}  {depth}  {' '.join(cells)}")
+    lines += ["", "A number: broken in so many steps. A dot: holds in all states of traces up to that depth.", ""]
+    rule_of = {rule.name: rule.rule for rule in rules}
+    lines += [f"{number:2d} {name}: {rule_of[name]}" for number, name in enumerate(names, 1)]
+    return "\n".join([*lines, "", *traces]) + "\n"
+
+
+def _way(found: Found) -> str:
+    names = [event_name(event) for event in found.events]
+    if found.cycle:
+        return f"{', '.join(names[: -found.cycle])}; for ever: {', '.join(names[-found.cycle :])}"
+    return ", ".join(names)
 
 
 def _coverage(outcome: Outcome) -> str:
@@ -82,5 +117,6 @@ def summary(explored: Sequence[Explored], settings: Settings, folder: Path) -> s
     if first.traces:
         _, text, path = min(first.traces, key=lambda trace: len(trace[0].events))
         lines += ["", f"The shortest of {len(first.traces)} traces of {first.policy} ({path.name}):", "", text.rstrip()]
-    lines += ["", f"files: {folder}", "       exploration.json, exploration.txt, and a .txt and a .yaml a trace"]
+    lines += ["", f"files: {folder}"]
+    lines.append("       exploration.json, exploration.txt, properties.txt, and a .txt, a .yaml and a .pftrace a trace")
     return "\n".join(lines)

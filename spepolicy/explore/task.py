@@ -16,8 +16,9 @@ from spepolicy.explore.acts import event_name
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.model import Settings, make_model
 from spepolicy.explore.properties import KINDS, Kind
-from spepolicy.explore.report import Explored, summary, verdict_rows
+from spepolicy.explore.report import Explored, matrix, summary, verdict_rows
 from spepolicy.explore.search import INTERRUPTED, Bounds, Found, Outcome, Progress, search
+from spepolicy.explore.timeline import write_trace
 from spepolicy.explore.trace import replay, trace_text
 from spepolicy.hookspecs import Cause
 from spepolicy.machine.hostops import HostOp
@@ -125,6 +126,7 @@ def explore(
         results.append(output.write_json(folder / output.CONFIG, dict(config)))
         text = summary(explored, settings, folder)
         results.append(output.write_text(folder / "exploration.txt", text + "\n"))
+        results.append(output.write_text(folder / "properties.txt", matrix(explored)))
         say(text)
         if tracker is not None:
             tracked = tracker.write([_record(e, config, text, results, start_ms) for e in explored])
@@ -191,6 +193,7 @@ def _written(name: str, policy: object, outcome: Outcome, settings: Settings, fo
             repeats=found.cycle,
         )
         output.write_text(folder / f"{stem}.yaml", files.write(content))
+        write_trace(folder / f"{stem}.pftrace", outcome.model, found.events, title)
         traces.append((found, text, path))
     return Explored(name, policy, outcome, traces)
 

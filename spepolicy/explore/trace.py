@@ -22,18 +22,18 @@ from spepolicy.arch.registers import (
     PMBSR_EC_SHIFT,
     PMBSR_S,
 )
-from spepolicy.explore.acts import SESSION_NAMES, Act, Event, Target, event_name
+from spepolicy.explore.acts import SESSION_NAMES, Act, Aux, Event, Target, event_name
 from spepolicy.explore.added import AddedProperty, States, added_properties
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.image import stage2_of
-from spepolicy.explore.properties import KINDS, Kind, Property, property_of
+from spepolicy.explore.properties import KINDS, Kind, Property, detail_of, property_of
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.hostpage import EMPTY, FOLIO, FRAME, HOLE, PIN_MASK, PIN_ONE, PRESENT, SHARED
 from spepolicy.machine.scenario import ABSENT, MigrationKind
 from spepolicy.machine.state import Hook, Segment
 from spepolicy.mmu.walker import OA_MASK, S1_READ_ONLY, S2_WRITE, VALID
 
-__all__ = ["Replay", "Step", "replay", "trace_text"]
+__all__ = ["Replay", "Step", "replay", "told", "trace_text"]
 
 _EVENT_CLASS = {
     EC_OTHER: "other",
@@ -55,6 +55,7 @@ class Step:
     policy: str = ""  # what the policy was asked and what it did
     changes: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
+    details: tuple[int, ...] = ()  # of each of `kinds`: properties.detail_of
     added: tuple[AddedProperty, ...] = ()  # properties of plugins that do not hold afterwards, and did before
 
 
@@ -73,9 +74,9 @@ class Replay:
                 found.setdefault(name, number)
         return found
 
-    def kinds(self) -> set[Kind]:
-        """Return the kinds of violation of all steps."""
-        return {kind for step in self.steps for kind in step.kinds}
+    def ways(self) -> set[tuple[Kind, int]]:
+        """Return the kinds of violation of all steps, each with its detail."""
+        return {way for step in self.steps for way in zip(step.kinds, step.details, strict=True)}
 
 
 def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
@@ -96,7 +97,7 @@ def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
             result.steps.append(Step(event, False))
             hashes.append(hashes[-1])
             continue
-        actor, text = _told(bench, event)
+        actor, text = told(bench, event)
         bits, hooks = bench.step(event)
         after = _State(bench)
         kinds = [kind for kind in KINDS if bits >> kind & 1]
@@ -115,11 +116,17 @@ def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
                 _policy_text(bench, hooks, before.pinned),
                 before.differences(after),
                 tuple(kinds),
+                tuple(_detail(bench, kind) for kind in kinds),
                 tuple(rule for rule in rules if rule in now - broken),
             )
         )
         before, broken = after, now
     return result
+
+
+def _detail(bench: Bench, kind: Kind) -> int:
+    claim = bench.m.vcpu["claim"][0, bench.m.vm["hook_vcpu"][0]]
+    return detail_of(kind, int(bench.aux[0, Aux.LAST_OP]), max(int(claim), 0))
 
 
 class _State:
@@ -268,7 +275,7 @@ _EDITS = {
 }
 
 
-def _told(bench: Bench, event: Event) -> tuple[str, str]:
+def told(bench: Bench, event: Event) -> tuple[str, str]:
     """Return (who acts, what happens) for *event* in the state of lane 0."""
     v = bench.m.vcpu[0, event.vcpu]
     if event.act in (Act.SWITCH_OUT, Act.RENEW) and bench.behaviour.hooks >> Hook.PROFILING_DISABLED & 1:

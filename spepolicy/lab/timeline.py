@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spepolicy.arch.registers import PMBSR_DL, PMBSR_EC_SHIFT, PMBSR_S
 from spepolicy.errors import OutputError
 from spepolicy.hookspecs import Cause
 from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.migration import Phase
 from spepolicy.machine.scenario import Workload
 from spepolicy.machine.state import Hook, LostCause, Segment
 from spepolicy.machine.trace import HOST, LogKind, Register
@@ -29,10 +31,10 @@ from spepolicy.machine.trace import HOST, LogKind, Register
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import LaneLog
 
-__all__ = ["Event", "events", "write_timeline"]
+__all__ = ["Event", "events", "write_events", "write_timeline"]
 
 K = LogKind
-VM_TRACKS = ("host", "migration")
+VM_TRACKS = ("steps", "host", "migration")
 VCPU_TRACKS = ("executes", "SPU", "blackout", "registers", "AUX ring", "KVM", "policy")
 
 
@@ -257,6 +259,9 @@ class _Translator:
         self.add(row, "host", f"notifier: {_name(HostOp, detail)}", {"first page": first, "pages": pages, "leaves": b})
         self.flows.removed(len(self.events) - 1, first, pages)
 
+    def migrated(self, row: Any, detail: int, a: int, b: int) -> None:
+        self.slice(row, "migration", _name(Phase, detail), {"pages being sent": a, "round": b})
+
     # ---- blackouts ----
 
     def black(self, row: Any, detail: int, _a: int, _b: int) -> None:
@@ -278,20 +283,22 @@ _METHODS: dict[int, Callable[[Any, Any, int, int, int], None]] = {
     K.TRAPPED: _T.trapped, K.EXIT: _T.exit, K.INTERRUPT: _T.interrupt, K.INJECTED: _T.injected, K.VIRQ: _T.virq,
     K.HOOK: _T.hook, K.WALKED: _T.walked, K.PINNED: _T.pinned_pages, K.UNPINNED: _T.unpinned, K.MAPPED: _T.mapped,
     K.RESUMED: _T.resumed, K.CLAIMED: _T.claimed, K.HOST_OP: _T.host_op, K.UNMAPPED: _T.unmapped,
-    K.BLACK: _T.black, K.LIGHT: _T.light,
+    K.MIGRATED: _T.migrated, K.BLACK: _T.black, K.LIGHT: _T.light,
 }  # fmt: skip
 
 
-def events(log: LaneLog, workload: Workload) -> list[Event]:
-    """Return what the timeline of *log* shows, in order of time; slices of a track do not overlap."""
+def events(rows: NDArray[np.void], workload: Workload) -> list[Event]:
+    """Return what the timeline of the event log *rows* (spepolicy.machine.trace.LOG[n]) shows, in order of time; slices
+    of a track do not overlap.
+    """
     translator = _Translator(workload)
-    for row in log.rows:
+    for row in rows:
         translator.take(row)
     found = translator.events
     for index, flows in translator.flows.sources.items():
         event = found[index]
         found[index] = Event(event.ps, event.vcpu, event.track, event.phase, event.name, event.facts, tuple(flows))
-    end = int(log.rows["host_ps"].max()) if len(log.rows) else 0
+    end = int(rows["host_ps"].max()) if len(rows) else 0
     found += [Event(end, vcpu, track, "end", "", {}) for vcpu, track in translator.open]
     order = np.argsort([event.ps for event in found], kind="stable")
     return [found[n] for n in order]
@@ -302,9 +309,16 @@ def write_timeline(path: Path, log: LaneLog, workload: Workload, title: str) -> 
 
     Raises OutputError if the file cannot be written.
     """
+    return write_events(path, events(log.rows, workload), title)
+
+
+def write_events(path: Path, found: list[Event], title: str) -> Path:
+    """Write *found*, in order of time, as `write_timeline` does.
+
+    Raises OutputError if the file cannot be written.
+    """
     from perfetto.trace_builder.proto_builder import TraceProtoBuilder
 
-    found = events(log, workload)
     builder = TraceProtoBuilder()
     tracks = _describe(builder, found, title)
     for event in found:

@@ -31,7 +31,33 @@ def names(found: Found) -> list[str]:
 
 
 def ways(outcome: Outcome, kind: Kind, detail: int | None = None) -> list[Found]:
-    return [f for f in outcome.found if f.kind is kind and (detail is None or f.detail == detail)]
+    """Return the traces of a kind, each of which shows its violation, at its end, and needs all of its events."""
+    found = [f for f in outcome.found if f.kind is kind and (detail is None or f.detail == detail)]
+    if found:
+        assert_minimal(outcome, found)
+    return found
+
+
+def assert_minimal(outcome: Outcome, traces: list[Found]) -> None:
+    """Replay each trace, and then without each of its events in turn: the violation is gone every time."""
+    bench = Bench(outcome.model, 1)
+    for found in traces:
+        run = replay(bench, found.events, found.cycle)
+        assert all(step.possible for step in run.steps)
+        if found.added is not None:
+            assert found.added.name in {rule.name for rule in run.steps[-1].added}
+        else:
+            way = (found.kind, found.detail)
+            assert way in zip(run.steps[-1].kinds, run.steps[-1].details, strict=True)
+            assert not any(way in zip(step.kinds, step.details, strict=True) for step in run.steps[:-1])
+        for left_out in range(len(found.events)):
+            rest = found.events[:left_out] + found.events[left_out + 1 :]
+            cycle = max(found.cycle - 1, 0) if left_out >= len(found.events) - found.cycle else found.cycle
+            less = replay(bench, rest, cycle)
+            if found.added is not None:
+                assert found.added.name not in less.broken(), (names(found), left_out)
+            else:
+                assert (found.kind, found.detail) not in less.ways(), (names(found), left_out)
 
 
 @dataclass
@@ -439,12 +465,4 @@ def test_every_trace_shows_its_violation_and_needs_each_of_its_events(
 ) -> None:
     outcome = explored(policy, depth, fields, **settings)
     assert outcome.found
-    bench = Bench(outcome.model, 1)
-    for found in outcome.found:
-        run = replay(bench, found.events, found.cycle)
-        assert all(step.possible for step in run.steps)
-        assert found.kind in {Kind(kind) for kind in run.steps[-1].kinds}
-        assert not any(found.kind in step.kinds for step in run.steps[:-1])
-        for left_out in range(len(found.events)):
-            rest = found.events[:left_out] + found.events[left_out + 1 :]
-            assert found.kind not in replay(bench, rest).kinds(), (names(found), left_out)
+    assert_minimal(outcome, outcome.found)

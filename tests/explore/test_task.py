@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from spepolicy.cli import main
+from spepolicy.explore.properties import PROPERTIES
 from spepolicy.explore.scenario import read, run
 from spepolicy.plugins import build_policy
 
@@ -49,6 +52,10 @@ def test_a_run_writes_a_table_traces_and_scenarios_that_can_be_run(
             broken = run(file, build_policy(policy, {})).broken()
             assert violation["property"] in broken
             assert set(broken) == set(scenario.verdicts[0].breaks)
+            assert file.with_suffix(".pftrace").stat().st_size > 1000
+    table = (where / "properties.txt").read_text()
+    number = [rule.name for rule in PROPERTIES].index("no_blackout") + 1
+    assert f"eager_pin {number}: open {{1,0}}, driver, driver, write\n" in table
 
 
 def test_a_run_that_a_bound_ended_can_be_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +88,58 @@ def test_a_run_that_a_bound_ended_can_be_resumed(folder: Path, capsys: pytest.Ca
 def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str], word: str, message: str) -> None:
     assert explore("+policy=pin_on_fault", "explore.max_depth=1", word) == 2
     assert message in capsys.readouterr().err
+
+
+READ_BACK = """
+import json, os
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+found = []
+for experiment in client.search_experiments():
+    for run in client.search_runs([experiment.experiment_id]):
+        history = client.get_metric_history(run.info.run_id, "states_by_depth")
+        found.append({
+            "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags, "params": run.data.params,
+            "metrics": run.data.metrics, "depths": [[point.step, point.value] for point in history],
+            "files": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
+        })
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_an_exploration_goes_to_mlflow_a_run_a_policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["+policy=eager_pin", "policy.pin_stage1_tables=true", "explore=quiet_host", "explore.max_depth=6"]
+    command = ["task=explore", "host=silent", "output.dir=out", *words, "explore.compare=[map_on_fault]"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "mlflow ui" in out
+    told = json.loads((result(folder) / "exploration.json").read_text())
+    answer = subprocess.run(
+        [sys.executable, "-c", READ_BACK], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+    runs = {row["params"]["policy"]: row for row in json.loads(answer)}
+    assert set(runs) == set(told) == {"eager_pin", "map_on_fault"}
+    for policy, row in runs.items():
+        mine = told[policy]
+        assert (row["name"], row["status"], row["tags"]["task"]) == (f"explore {policy}", "FINISHED", "explore")
+        assert (row["metrics"]["states"], row["metrics"]["depth"], row["metrics"]["complete"]) == (
+            mine["states"], mine["depth"], 0.0
+        )  # fmt: skip
+        assert [value for _, value in row["depths"]] == mine["states_by_depth"]
+        shortest = {
+            f"steps_to_break/{v['property']}": min(
+                w["steps"] for w in mine["violations"] if w["property"] == v["property"]
+            )
+            for v in mine["violations"]
+        }
+        assert {name: value for name, value in row["metrics"].items() if name.startswith("steps_")} == shortest
+        files = {v["trace"] for v in mine["violations"]}
+        assert files | {"exploration.json", "properties.txt"} <= set(row["files"])
+        assert row["params"]["explore.max_depth"] == "6"
+    assert runs["eager_pin"]["params"]["policy.pin_stage1_tables"] == "True"
+    assert "map_on_fault" in out
 
 
 def test_a_policy_that_cannot_run_here_is_left_out_of_a_comparison(

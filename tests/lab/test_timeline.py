@@ -66,7 +66,7 @@ def test_every_slice_ends_and_none_overlaps_another_of_its_track(packets: list[A
 
 
 def test_it_shows_what_the_judge_counted(lane: LaneLog) -> None:
-    shown = events(lane, WORKLOAD)
+    shown = events(lane.rows, WORKLOAD)
     truth, vm = lane.result.truth[0], lane.result.vm[0]
     assert truth["stage2_faults"].sum() > 5
     stops = [event for event in shown if event.name.startswith("stop: ")]
@@ -88,7 +88,7 @@ def test_it_shows_what_the_judge_counted(lane: LaneLog) -> None:
 
 
 def test_arrows_lead_from_the_host_to_the_fault_and_on_to_the_handler(lane: LaneLog) -> None:
-    shown = events(lane, WORKLOAD)
+    shown = events(lane.rows, WORKLOAD)
     by_flow: dict[int, list[Any]] = {}
     for event in shown:
         for flow in event.flows:
