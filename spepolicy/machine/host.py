@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from spepolicy.jit import jit, widen
+from spepolicy.machine.dirtylog import protect_page
 from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.effects import (
     AGE,
@@ -19,6 +20,7 @@ from spepolicy.machine.effects import (
     COPY_ON_WRITE,
     LOSE,
     MOVE,
+    READ_ONLY,
     REPLACE,
     ROW,
     SHARE,
@@ -61,15 +63,14 @@ from spepolicy.machine.hostpage import (
     SKIPPED,
     age,
     bug_strikes,
-    clear_in_leaf,
     cpu_touch,
+    has_diverged,
     invalidate_tlb,
     map_page,
     note_divergence,
     notify,
     resident,
     split_folio,
-    taken,
 )
 from spepolicy.machine.operations import change_backing, exempt, operate, why_of
 from spepolicy.machine.pagetables import ipa_leaf, map_ipa
@@ -88,15 +89,14 @@ from spepolicy.machine.rows import (
 )
 from spepolicy.machine.state import NEVER, Machine
 from spepolicy.machine.trace import HOST_OP, log_host
-from spepolicy.mmu.walker import S2_WRITE
 
 __all__ = [
     "AGE", "COPY_ON_WRITE", "DEFERRED", "DIRTY", "EFFECT", "EMPTY", "FRAME", "GONE_BUG", "GONE_GUEST", "GONE_HOST",
     "GONE_MASK", "GONE_MIGRATION", "GONE_NEVER", "GONE_SHIFT", "HOLE", "HUGE", "LOCKED", "LOSE", "MOVE", "NEW_FRAME0",
     "NOTIFIED", "PIN_MASK", "PIN_ONE", "PRESENT", "RAM_FRAME0", "REPLACE", "ROLE_BUFFER", "ROLE_HOT", "ROLE_MASK",
     "ROLE_OTHER", "ROLE_SHIFT", "ROLE_TABLE", "SHARE", "SHARED", "SKIPPED", "SWAP", "UNMAP", "WRITE_PROTECT",
-    "bug_strikes", "cpu_touch", "host_event", "invalidate_tlb", "is_out_of_reach", "map_page", "operate_on_page",
-    "resident", "schedule_host",
+    "bug_strikes", "cpu_touch", "has_diverged", "host_event", "invalidate_tlb", "is_out_of_reach", "map_page",
+    "operate_on_page", "resident", "schedule_host",
 ]  # fmt: skip
 
 # [HostOp, unpinned | pinned | mlocked]: what a row of a recording does to a small private anonymous page on Linux 6.1.
@@ -112,8 +112,10 @@ def _events() -> tuple[int, ...]:
 EVENT = np.array(_events(), dtype=np.int64)
 
 _CPU_TOUCH = int(HostOp.CPU_TOUCH)
-_DIRTY_LOG = int(HostOp.DIRTY_LOG)
-_DONTNEED = int(HostOp.DONTNEED)
+_REACHES_GUEST_MEMFD = (
+    int(HostOp.CPU_TOUCH), int(HostOp.DONTNEED), int(HostOp.DIRTY_LOG), int(HostOp.MEMSLOT_DELETE),
+    int(HostOp.MEMSLOT_READ_ONLY),
+)  # fmt: skip
 
 
 @jit
@@ -137,14 +139,13 @@ def operate_on_page(m: Machine, i: int, op: int, page: int) -> None:
     if effect & AGE != 0:
         age(m, i, page, page + 1, 1)
     if effect & WRITE_PROTECT != 0:
-        clear_in_leaf(m, i, page, S2_WRITE)
-        host_page(m, i)[page] = taken(host_page(m, i)[page], GONE_HOST)
+        protect_page(m, i, page, GONE_HOST)
     if effect & UNMAP != 0:
         notify(m, i, EVENT[op], why_of(op, EVENT[op]), page, page + 1, 1)
         if word & HUGE != 0 and effect & (SPLIT | MOVE | REPLACE | SHARE | SWAP | LOSE) != 0:
             split_folio(m, i, page)
         host_page(m, i)[page] = change_backing(m, i, host_page(m, i)[page], effect & ~(SPLIT | COLLAPSE))
-        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE) != 0:
+        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE | READ_ONLY) != 0:
             note_divergence(m, i, page)
         if effect & SHARE != 0 and par.change_pte != 0:
             map_ipa(m, i, (par.ram_page0 + page) << 12, KSM_FRAME, 0)
@@ -216,9 +217,9 @@ def host_event(m: Machine, i: int) -> None:
     host_ops(m, i)[op] += 1
     vm.host_op = op
     log_host(m, i, HOST_OP, op, first, last)
-    if vm.guest_memfd != 0 and op != _CPU_TOUCH and op != _DONTNEED and op != _DIRTY_LOG:
+    if vm.guest_memfd != 0 and op not in _REACHES_GUEST_MEMFD:
         # guest_memfd folios are neither evictable nor movable, and KVM follows no notifier for such a slot. A hole
-        # punch (the balloon's) and KVM's own dirty log remain (kvm.md P2e, H15).
+        # punch (the balloon's), KVM's own dirty log and changes of memslots remain (kvm.md P2e, H15).
         pass
     elif op == _CPU_TOUCH:
         for page in range(first, last):

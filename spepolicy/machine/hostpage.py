@@ -254,9 +254,16 @@ def age(m: Machine, i: int, first: int, last: int, times: int) -> int:
 
 
 @jit
+def has_diverged(word: int, frame: int) -> bool:
+    """Tell whether a writable stage 2 entry for *frame* is not what the VMM's own mapping, *word*, says (kvm.md H8)."""
+    return word & (HOLE | READ_ONLY_VMA) != 0 or word & FRAME != frame
+
+
+@jit
 def note_divergence(m: Machine, i: int, page: int) -> None:
-    """Judge only: the VMM has changed what is behind *page*. An SPU that still holds a translation of it, because a
-    filter kept the notifier from KVM, writes to a page that the VMM's address does not show any more.
+    """Judge only: the VMM has changed what is behind *page*, or may not write there any more. An SPU that still holds a
+    translation of it, because a filter kept the notifier from KVM, writes to a page that the VMM's address does not
+    show, or against the VMM's will.
     """
     par = params(m, i)
     word = host_page(m, i)[page]
@@ -266,7 +273,7 @@ def note_divergence(m: Machine, i: int, page: int) -> None:
         for e in range(entries.shape[0]):
             if entries[e, 0] == -1 or entries[e, 2] != par.ram_page0 + page or entries[e, 3] & 1 != 0:
                 continue
-            if word & HOLE != 0 or word & FRAME != entries[e, 1]:
+            if has_diverged(word, entries[e, 1]):
                 entries[e, 3] |= 1
                 truth_row(m, i, k).diverged_pages += 1
                 if entries[e, 0] == v.tlb_page:

@@ -17,6 +17,15 @@ from typing import Any
 
 from spepolicy.arch.registers import PMBLIMITR_E, PMBLIMITR_LIMIT, PMBSR_S, PMSCR_E0SPE, PMSCR_E1SPE
 from spepolicy.jit import jit, widen
+from spepolicy.machine.dirtylog import (
+    KEEP_AND_REPORT,
+    KEEP_NONE,
+    KEEP_UNREPORTED,
+    begin_log,
+    collect_dirty,
+    end_log,
+    is_reported,
+)
 from spepolicy.machine.hostpage import (
     DIRTY,
     EMPTY,
@@ -32,7 +41,6 @@ from spepolicy.machine.hostpage import (
     ROLE_SHIFT,
     SHARED,
     SKIPPED,
-    clear_in_leaf,
     cpu_touch,
     invalidate_tlb,
     map_page,
@@ -46,7 +54,7 @@ from spepolicy.machine.scenario import ABSENT, WROTE, Handling, MigrationKind
 from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, Hook, LostCause, Machine, Segment
 from spepolicy.machine.trace import MIGRATED, log_vm
-from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID
+from spepolicy.mmu.walker import OA_MASK, VALID
 
 __all__ = [
     "Phase",
@@ -88,35 +96,47 @@ ARRIVING_PAGES = 256  # pushed in one event
 
 
 @jit
-def _keeps_writable(par: Any, word: int) -> bool:
-    """M6, and the bug that M6 avoids: KVM knows a pinned page, and does not write-protect it."""
-    return word & PIN_MASK != 0 and (par.migration_handling == _REPORT_DIRTY or par.migration_handling == _UNREPORTED)
+def _keep(par: Any) -> int:
+    """Return what becomes of pinned pages: M6, and the bug that M6 avoids."""
+    if par.migration_handling == _REPORT_DIRTY:
+        return KEEP_AND_REPORT
+    return KEEP_UNREPORTED if par.migration_handling == _UNREPORTED else KEEP_NONE
 
 
 @jit
-def _protect(m: Machine, i: int, only_dirty: int) -> int:
-    """Write-protect the VM's pages at stage 2, or those in the log; empty the log. Return how many pages were in it."""
+def _begin_log(m: Machine, i: int) -> None:
+    """Turn the dirty log on."""
+    begin_log(m, i, _keep(params(m, i)), GONE_MIGRATION)
+    _forget_writes(m, i)
+
+
+@jit
+def _read_log(m: Machine, i: int) -> int:
+    """Read and clear the dirty log; return how many pages were in it."""
     vm = vm_row(m, i)
     par = params(m, i)
+    keep = _keep(par)
     words, log = host_page(m, i), dirty(m, i)
-    count = 0
     for page in range(par.ram_pages):
         word = words[page]
-        keeps = _keeps_writable(par, word)
-        reported = word & DIRTY != 0 or (keeps and par.migration_handling == _REPORT_DIRTY)
-        if reported:
-            count += 1
-            if word & ROLE_MASK == ROLE_BUFFER << ROLE_SHIFT and only_dirty != 0:
+        if is_reported(word, keep):
+            if word & ROLE_MASK == ROLE_BUFFER << ROLE_SHIFT:
                 vm.migration_resent_buffer += 1
-        elif log[page] & WROTE != 0 and only_dirty != 0:
+        elif log[page] & WROTE != 0:
             vm.migration_unlogged += 1
-        words[page] = word & ~DIRTY
-        if (only_dirty == 0 or reported) and not keeps and clear_in_leaf(m, i, page, S2_WRITE) != 0:
-            words[page] = taken(words[page], GONE_MIGRATION)
-        log[page] &= ABSENT
-    for k in range(par.vcpus):
-        _note_page_in_use(m, i, k)
+    count = collect_dirty(m, i, 0, par.ram_pages, keep, GONE_MIGRATION)
+    _forget_writes(m, i)
     return count
+
+
+@jit
+def _forget_writes(m: Machine, i: int) -> None:
+    """For the judge: what the SPU writes to from now on is for the next reading of the log."""
+    log = dirty(m, i)
+    for page in range(params(m, i).ram_pages):
+        log[page] &= ABSENT
+    for k in range(params(m, i).vcpus):
+        _note_page_in_use(m, i, k)
 
 
 @jit
@@ -192,6 +212,7 @@ def _drop_pins(m: Machine, i: int, now_ps: int) -> None:
     vm.pinned_since_ps = max(now_ps, vm.pinned_since_ps)
     vm.pinned_pages = 0
     vm.leaked_pins = 0
+    vm.slots_locked = 0
     for k in range(params(m, i).vcpus):
         v = vcpu_row(m, i, k)
         v.pin_count = 0
@@ -241,15 +262,17 @@ def start(m: Machine, i: int) -> bool:
         stop(m, i)
         return True
     vm.migration_phase = _ROUNDS
-    vm.dirty_logging = 1
-    vm.migration_pages = par.ram_pages
-    vm.migration_sent += par.ram_pages
-    _protect(m, i, 0)
     if handling in (_EXIT_ON_ENABLE, _STOP_EXIT, _EXIT_WHILE_LOGGING):
+        # The VMM stops profiling before it turns the log on (M5); in M8 KVM is taken to kick the vCPUs before it
+        # write-protects anything, for what they have in flight would fault.
         vm.migration_gate = handling
         for k in range(par.vcpus):
             if vm.migration_phase == _ROUNDS:
                 gate(m, i, k)
+    if vm.migration_phase == _ROUNDS:
+        vm.migration_pages = par.ram_pages
+        vm.migration_sent += par.ram_pages
+        _begin_log(m, i)
     return True
 
 
@@ -268,7 +291,7 @@ def end_round(m: Machine, i: int) -> None:
     vm = vm_row(m, i)
     par = params(m, i)
     vm.migration_round += 1
-    pages = min(written_by_cpus(m, i, vm.migration_pages * par.migration_page_ps) + _protect(m, i, 1), par.ram_pages)
+    pages = min(written_by_cpus(m, i, vm.migration_pages * par.migration_page_ps) + _read_log(m, i), par.ram_pages)
     vm.migration_pages = pages
     vm.migration_sent += pages
     vm.migration_resent += pages
@@ -358,7 +381,7 @@ def resume_on_target(m: Machine, i: int) -> None:
     vm = vm_row(m, i)
     par = params(m, i)
     now_ps = vm.migration_next_ps
-    vm.dirty_logging = 0
+    end_log(m, i)
     _drop_pins(m, i, now_ps)
     _empty_target(m, i)
     if par.migration_handling == _PREFAULT_TARGET:
@@ -400,7 +423,7 @@ def pages_arrive(m: Machine, i: int) -> None:
 def cancel(m: Machine, i: int) -> None:
     """The VMM gives up: the log goes off, the guest goes on here. What is write-protected stays so until it faults."""
     vm = vm_row(m, i)
-    vm.dirty_logging = 0
+    end_log(m, i)
     _set_free(m, i, vm.migration_next_ps)
     _finish(vm, ABORTED if params(m, i).migration_abort != 0 else CANCELLED, vm.migration_next_ps)
 

@@ -1,7 +1,6 @@
 """The host's operations on a range of the guest's memory, as the table of effects says (`spepolicy.machine.effects`).
 
-`operate` plays a whole operation: every notifier call in order, then what becomes of the VMM's pages. KVM's dirty log
-is here too: it is the one operation that changes stage 2 without a notifier and leaves the pages alone.
+`operate` plays a whole operation: every notifier call in order, then what becomes of the VMM's pages.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.jit import jit, widen
+from spepolicy.machine.dirtylog import KEEP_NONE, write_protect
 from spepolicy.machine.effects import (
     COLLAPSE,
     COPY_ON_WRITE,
@@ -46,7 +46,6 @@ from spepolicy.machine.effects import (
 )
 from spepolicy.machine.hostops import Backing, HostOp
 from spepolicy.machine.hostpage import (
-    DIRTY,
     EMPTY,
     FOLIO,
     FRAME,
@@ -71,7 +70,6 @@ from spepolicy.machine.hostpage import (
     WHY_SPLIT,
     WHY_ZAP,
     age,
-    clear_in_leaf,
     cpu_touch,
     fresh_folio,
     fresh_frame,
@@ -87,12 +85,12 @@ from spepolicy.machine.pagetables import unmap_ipa
 from spepolicy.machine.rows import effect_table, host_calls, host_page, params, vm_row
 from spepolicy.machine.state import Machine
 from spepolicy.machine.trace import UNMAPPED, log_host
-from spepolicy.mmu.walker import S2_WRITE
 
 _RECLAIMS = (int(HostOp.RECLAIM), int(HostOp.PAGEOUT), int(HostOp.PAGEOUT_PART))
 _RECLAIM, _PAGEOUT, _PAGEOUT_PART = _RECLAIMS
 _RECLAIM_LAZY = int(HostOp.RECLAIM_LAZY)
 _THP = int(HostOp.THP)
+_SLOT_OPS = (int(HostOp.MEMSLOT_DELETE), int(HostOp.MEMSLOT_READ_ONLY))
 
 
 def _classes() -> NDArray[np.int64]:
@@ -170,8 +168,10 @@ def _change_pages(m: Machine, i: int, first: int, last: int, effect: int) -> Non
     folio = widen(-1)
     if whole and effect & MOVE != 0:
         folio = fresh_folio(vm_row(m, i))
-    elif words[first] & HUGE != 0 and effect & (MOVE | REPLACE | SHARE | SWAP | LOSE) != 0:
-        split_folio(m, i, first)
+    elif words[first] & HUGE != 0 and (
+        effect & (MOVE | REPLACE | SHARE | SWAP | LOSE) != 0 or (effect & READ_ONLY != 0 and not whole)
+    ):
+        split_folio(m, i, first)  # no block may map what is only partly writable
     for page in range(first, last):
         word = words[page]
         if word & HOLE != 0 or exempt(word, effect):
@@ -183,7 +183,7 @@ def _change_pages(m: Machine, i: int, first: int, last: int, effect: int) -> Non
             words[page] = change_backing(m, i, word, effect)
         if effect & COLLAPSE != 0:
             words[page] = (words[page] | HUGE | PRESENT) & ~EMPTY
-        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE) != 0:
+        if word & PIN_MASK != 0 and effect & (REPLACE | LOSE | READ_ONLY) != 0:
             note_divergence(m, i, page)
     if effect & SPLIT != 0:
         split_folio(m, i, first)
@@ -223,6 +223,12 @@ def _row(m: Machine, i: int, op: int, page: int) -> int:
 
 
 @jit
+def _has_same_row(word: int, before: int) -> bool:
+    """Tell whether `_row` surely says the same of two small pages: they differ in their frames only."""
+    return (word ^ before) & ~FRAME == 0 and word & (HUGE | SHARED) == 0
+
+
+@jit
 def _edges(m: Machine, i: int, first: int, last: int, kind: int, times: int) -> None:
     """Notify of the 2 MiB around each end of first..last that is not a multiple of 2 MiB."""
     pages = host_page(m, i).shape[0]
@@ -253,7 +259,7 @@ def _folios(m: Machine, i: int, first: int, last: int, kind: int, times: int) ->
 def _step_on_range(m: Machine, i: int, step: int, first: int, last: int) -> None:
     kind, times = step & KIND_MASK, step >> COUNT_SHIFT
     if kind == KIND_WRITE_PROTECT:
-        write_protect(m, i, first, last)
+        write_protect(m, i, first, last, KEEP_NONE, GONE_HOST)
     elif kind == KIND_DROP:
         drop(m, i, first, last)
     elif (step >> SCOPE_SHIFT) & SCOPE_MASK == SCOPE_FOLIO:
@@ -266,12 +272,16 @@ def _step_on_range(m: Machine, i: int, step: int, first: int, last: int) -> None
 def _operate_on_range(m: Machine, i: int, op: int, first: int, last: int) -> None:
     """An operation that takes its range in one call: the steps one after the other, each on the pages it is for."""
     table = effect_table(m)
+    words = host_page(m, i)
     for s in range(STEPS):
         current, start, found, split = 0, first, False, False
+        before, row = widen(HUGE), widen(-1)
         for page in range(first, last + 1):
             step = 0
             if page < last:
-                row = _row(m, i, op, page)
+                if not _has_same_row(words[page], before):
+                    row = _row(m, i, op, page)
+                before = words[page]
                 step = table[row >> 2, op, row & 3, s] if row >= 0 else 0
             if step != current:
                 if current != 0 and (current >> SCOPE_SHIFT) & SCOPE_MASK != EDGES:
@@ -283,8 +293,11 @@ def _operate_on_range(m: Machine, i: int, op: int, first: int, last: int) -> Non
         if not found:
             break
     page = first
+    before, row = widen(HUGE), widen(-1)
     while page < last:
-        row = _row(m, i, op, page)
+        if not _has_same_row(words[page], before):
+            row = _row(m, i, op, page)
+        before = words[page]
         end = page + 1
         if row >= 4:
             end = min((page & ~(FOLIO - 1)) + FOLIO, last)
@@ -366,8 +379,8 @@ def operate(m: Machine, i: int, op: int, first: int, last: int) -> None:
         # Half a hugetlb page cannot be unmapped, protected or discarded: such calls are refused, or rounded inwards.
         first = (first + FOLIO - 1) & ~(FOLIO - 1)
         last &= ~(FOLIO - 1)
-    if first >= last:
-        return
+    if first >= last or (vm_row(m, i).slots_locked != 0 and op in _SLOT_OPS):
+        return  # RFC v5, patch 9: the ioctl fails (kvm.md H10)
     if effect_table(m)[0, op, 0, SPAN] != 0 or effect_table(m)[1, op, 0, SPAN] != 0:
         _operate_on_range(m, i, op, first, last)
     else:
@@ -377,53 +390,7 @@ def operate(m: Machine, i: int, op: int, first: int, last: int) -> None:
             cpu_touch(m, i, page, 0)  # a CPU's next walk faults it in again, long before the SPU's
 
 
-# ---- KVM's dirty log and memslots ------------------------------------------------------------------------------------
-
-
-@jit
-def write_protect(m: Machine, i: int, first: int, last: int) -> None:
-    """kvm_pgtable_stage2_wrprotect: pages first..last-1 become read-only at stage 2, a block as a whole."""
-    words = host_page(m, i)
-    host_calls(m, i)[KIND_WRITE_PROTECT] += 1
-    for page in range(first, last):
-        clear_in_leaf(m, i, page, S2_WRITE)
-        words[page] = taken(words[page], GONE_HOST)
-
-
-@jit
-def set_dirty_logging(m: Machine, i: int, on: int) -> None:
-    """Turn KVM_MEM_LOG_DIRTY_PAGES of the lane's memslot on, which write-protects all of it, or off, which changes no
-    entry (measured: kvm_dirty_log_on_write_off).
-    """
-    vm = vm_row(m, i)
-    words = host_page(m, i)
-    if on != 0 and vm.dirty_logging == 0:
-        for page in range(words.shape[0]):
-            words[page] &= ~DIRTY
-        write_protect(m, i, 0, words.shape[0])
-    vm.dirty_logging = on
-
-
-@jit
-def collect_dirty(m: Machine, i: int, first: int, last: int, keep: int) -> int:
-    """KVM_GET_DIRTY_LOG of pages first..last-1: write-protect what is dirty, again, in blocks of 64 pages as KVM does,
-    and clear it in the log. With *keep*, pinned pages stay writable and dirty (kvm.md 2.3, M6). Return the dirty pages.
-    """
-    words = host_page(m, i)
-    dirty = 0
-    for block in range(first, last, 64):
-        before = dirty
-        for page in range(block, min(block + 64, last)):
-            if words[page] & DIRTY == 0:
-                continue
-            dirty += 1
-            if keep != 0 and words[page] & PIN_MASK != 0:
-                continue
-            words[page] = taken(words[page] & ~DIRTY, GONE_HOST)
-            clear_in_leaf(m, i, page, S2_WRITE)
-        if dirty != before:
-            host_calls(m, i)[KIND_WRITE_PROTECT] += 1
-    return dirty
+# ---- memslots --------------------------------------------------------------------------------------------------------
 
 
 @jit

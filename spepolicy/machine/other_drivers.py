@@ -53,8 +53,7 @@ def freebsd_interrupt(m: Machine, i: int, k: int) -> bool:
         if v.event_active == 0:
             stop_sampling(m, i, k)  # the other half is not copied out yet
     else:
-        tr.fatal += 1
-        tr.silent_fatal += 0 if syndrome & PMBSR_DL != 0 else 1
+        tr.fatal += 1  # and user space is told, whatever DL says
         for other in range(par.vcpus):
             end_session(m, i, other, v.stop_cause)
     clear_syndrome(v)

@@ -25,7 +25,6 @@ from spepolicy.arch.registers import (
 from spepolicy.jit import jit
 from spepolicy.machine.draw import draw
 from spepolicy.machine.host import (
-    FRAME,
     GONE_BUG,
     GONE_GUEST,
     GONE_HOST,
@@ -33,9 +32,9 @@ from spepolicy.machine.host import (
     GONE_MIGRATION,
     GONE_NEVER,
     GONE_SHIFT,
-    HOLE,
     PIN_MASK,
     SKIPPED,
+    has_diverged,
 )
 from spepolicy.machine.rows import (
     dirty,
@@ -70,7 +69,7 @@ from spepolicy.machine.spu_events import (
 from spepolicy.machine.state import LostCause, Machine
 from spepolicy.machine.trace import DROPPED, FILTERED, WRITTEN, ZERO, latencies, log_at
 from spepolicy.mmu.memory import NO_ZERO_RANGES
-from spepolicy.mmu.walker import MARK_DIRTY, WRITE, translate
+from spepolicy.mmu.walker import FSC_MASK, MARK_DIRTY, WRITE, translate
 
 _FULL = int(LostCause.BUFFER_FULL)
 _GUEST_ERROR = int(LostCause.GUEST_ERROR)
@@ -80,6 +79,7 @@ _ABORT_DRAWS = 1 << 41  # counters of the stream of samples that no sample uses
 
 # Bytes of a record before padding, without context and PA packets (spe.md 4.6), by the low bits of OpType: B, LD, ST.
 _SIZES = (36, 45, 45, 45, 43, 45, 45, 45)
+_ACCESS_FLAG = 0b001000  # FSC without the level (spe.md 1.8)
 _ACCESS = 6  # OpType.LOAD | OpType.STORE
 
 _L1D_REFILL, _LLC_ACCESS, _LLC_MISS, _REMOTE = 1 << 3, 1 << 8, 1 << 9, 1 << 10
@@ -166,7 +166,7 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12
         backing = host_page(m, i)[guest_page]
-        diverged = 1 if backing & HOLE != 0 or backing & FRAME != pa >> 12 else 0
+        diverged = 1 if has_diverged(backing, pa >> 12) else 0
         tlb(m, i, k)[e, 3] = diverged
         tr.diverged_pages += diverged
     if par.migration_kind != 0:
@@ -183,6 +183,8 @@ def _true_cause(m: Machine, i: int, status: int, ipa: int) -> int:
     page = (ipa >> 12) - par.ram_page0
     if page < 0 or page >= par.ram_pages:
         return CAUSE_GUEST  # the guest's own tables point outside its memory
+    if status & FSC_MASK & ~3 == _ACCESS_FLAG:
+        return CAUSE_HOST  # KVM maps with AF=1; only the host's ageing clears it (kvm_age_gfn)
     word = host_page(m, i)[page]
     gone = (word & GONE_MASK) >> GONE_SHIFT
     if gone == GONE_HOST:

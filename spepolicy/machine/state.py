@@ -156,6 +156,7 @@ pinned_page_ps      integral of pinned_pages over host time, in page x 1000 ps
 locked_pages        pages that the VMM has mlock()ed: they count against the memlock limit beside the pins
 own_pages           pages of host memory that KVM holds as SPE buffers of its own
 guest_memfd         1: guest RAM is in a guest_memfd, which the host's memory management does not touch
+slots_locked        1: KVM refuses to change the VM's memslots, as RFC v5 does once they are locked
 bug_draws           counter of key_bug
 leaked_pins         pins that KVM forgot because of an injected bug
 pin_calls           pages pinned in total

@@ -65,6 +65,8 @@ def pin_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
         log(m, i, ZERO, PINNED, ZERO, done, ZERO)
         if done < par.ram_pages:
             result[n] = PIN_NO_PAGE
+        else:
+            vm.slots_locked = 1
     return result
 
 
@@ -74,6 +76,7 @@ def unpin_all(m: Machine, lanes: Ints) -> None:
     for n in range(lanes.shape[0]):
         i = lanes[n]
         vm = vm_row(m, i)
+        vm.slots_locked = 0
         words = host_page(m, i)
         for page in range(words.shape[0]):
             words[page] &= ~(PIN_MASK | SKIPPED)

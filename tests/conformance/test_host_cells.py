@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import spepolicy.recording.effect_table as effect_table
+from spepolicy.machine.dirtylog import KEEP_NONE
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
+from spepolicy.machine.hostpage import GONE_HOST
 from spepolicy.machine.scenario import Cpu, Host
 from spepolicy.recording.effect_table import FOLDER, NOT_CONCLUSIVE, OPERATION_OF, make_table, text_of
 from spepolicy.recording.pin_cells import EVENTS, Cell, read_cells
@@ -162,14 +164,14 @@ def play(experiment: Experiment, cell: Cell) -> None:
         "fork_then_pin": (lambda: experiment.operate(HostOp.FORK), experiment.pin),
         "ksm_merge_then_pin": (lambda: experiment.operate(HostOp.KSM), experiment.pin),
         "pageout_then_pin": (lambda: experiment.operate(HostOp.PAGEOUT), experiment.pin),
-        "kvm_dirty_log_enable": (lambda: call("operations.set_dirty_logging", 1),),
+        "kvm_dirty_log_enable": (lambda: call("dirtylog.begin_log", KEEP_NONE, GONE_HOST),),
         "kvm_dirty_log_write_get": (
-            lambda: call("operations.set_dirty_logging", 1), lambda: experiment.access(1),
-            lambda: call("operations.collect_dirty", 0, PAGES, 0),
+            lambda: call("dirtylog.begin_log", KEEP_NONE, GONE_HOST), lambda: experiment.access(1),
+            lambda: call("dirtylog.collect_dirty", 0, PAGES, KEEP_NONE, GONE_HOST),
         ),
         "kvm_dirty_log_on_write_off": (
-            lambda: call("operations.set_dirty_logging", 1), lambda: experiment.access(1),
-            lambda: call("operations.set_dirty_logging", 0),
+            lambda: call("dirtylog.begin_log", KEEP_NONE, GONE_HOST), lambda: experiment.access(1),
+            lambda: call("dirtylog.end_log"),
         ),
     }  # fmt: skip
     if name in composites:

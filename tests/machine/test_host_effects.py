@@ -291,8 +291,8 @@ FILTERS = {"none": Notifier(0), "all but UNMAP": ~Notifier.UNMAP, "harmless": No
 @pytest.mark.parametrize("backing", list(Backing), ids=lambda it: it.name)
 def test_what_each_filter_costs(op: HostOp, backing: Backing) -> None:
     """On a pinned page that the SPU has in its TLB. Honouring everything never diverges; ignoring all but UNMAP keeps
-    the mapping but for UNMAP and KVM's own doing, and diverges where the page goes; ignoring what is harmless keeps it
-    exactly where the page stays.
+    the mapping but for UNMAP and KVM's own doing, and diverges where the page or the right to write goes; ignoring what
+    is harmless keeps it exactly where the page stays.
     """
     kept, diverged, replaced = {}, {}, {}
     for name, mask in FILTERS.items():
@@ -307,7 +307,7 @@ def test_what_each_filter_costs(op: HostOp, backing: Backing) -> None:
         first = 0 if backing == Backing.HUGETLB else page
         bench.call("operations.operate", int(op), first, 1024 if backing == Backing.HUGETLB else page + 1)
         now = int(bench.m.host_page[0, page])
-        replaced[name] = bool(now & word.HOLE) or (now & FRAME) != frame
+        replaced[name] = bool(now & (word.HOLE | word.READ_ONLY_VMA)) or (now & FRAME) != frame
         bench.v.pmbptr = bench.start + 4096
         bench.write_records(1)
         kept[name] = bench.tr.stage2_faults == 0
@@ -323,6 +323,31 @@ def test_what_each_filter_costs(op: HostOp, backing: Backing) -> None:
 
 
 ZAPS = (HostOp.DONTNEED, HostOp.REMOVE, HostOp.PUNCH_HOLE, HostOp.TRUNCATE)  # shared memory keeps the page: harmless
+
+
+def test_write_access_that_the_vmm_gave_up_diverges_until_stage_2_follows() -> None:
+    """kvm.md H8: mprotect(PROT_READ) is not honoured while a filter ignores it; honoured, the SPU faults instead."""
+    for mask, written, diverged in ((~Notifier.UNMAP, 3, 3), (Notifier(0), 0, 0)):
+        bench = Bench(virtualized=True, notifier_filter=int(mask))
+        page = bench.buffer_page(0)
+        bench.m.host_page[0] += module("machine.hostpage").PIN_ONE  # tables too: the notifier names 2 MiB
+        assert bench.write_records(2) == 2
+        bench.call("operations.operate", int(HostOp.MPROTECT_READ), page, page + 1)
+        assert bench.write_records(3) == written
+        assert bench.tr.diverged_records == diverged
+
+
+def test_locked_slots_cannot_be_changed() -> None:
+    """kvm.md H10: RFC v5 refuses it, once the VM's memory is locked and until it is unlocked."""
+    bench = Bench(virtualized=True)
+    whole_vm, one = module("machine.whole_vm"), np.zeros(1, dtype=np.int64)
+    assert whole_vm.pin_all(bench.m, one, 1)[0] == 0
+    for op in (HostOp.MEMSLOT_DELETE, HostOp.MEMSLOT_READ_ONLY):
+        bench.call("operations.operate", int(op), 0, int(bench.par.ram_pages))
+        assert bench.write_records(1) == 1
+    whole_vm.unpin_all(bench.m, one)
+    bench.call("operations.operate", int(HostOp.MEMSLOT_DELETE), 0, int(bench.par.ram_pages))
+    assert bench.write_records(1) == 0
 
 
 def test_a_page_that_goes_while_the_spu_holds_it_diverges_at_once() -> None:

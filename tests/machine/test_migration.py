@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spepolicy.hookspecs import Cause
-from spepolicy.machine.scenario import ABSENT, Handling, Migration, MigrationKind, Scenario
+from spepolicy.machine.hostops import Backing
+from spepolicy.machine.scenario import ABSENT, Handling, Host, Migration, MigrationKind, Scenario
 from spepolicy.machine.state import NEVER, Hook, LostCause
 
 from .interpreted import Lane, module
@@ -70,6 +71,29 @@ def test_the_log_write_protects_everything_and_the_spu_faults_on_its_own_page() 
     assert (b.syndrome["EC"], b.syndrome["MSS"]) == (0x25, 0x0F)
     assert b.lost() == {int(LostCause.STAGE2_MIGRATION): 1}
     assert b.tr.fault_cause == Cause.MIGRATION
+
+
+def test_a_block_is_write_protected_as_a_whole_and_the_log_is_to_blame_for_all_of_it() -> None:
+    """One mechanism for every log: the pages of a block lose their right to write together."""
+    word = module("machine.hostpage")
+    b = Bench(virtualized=True, host=Host(backing=Backing.THP), guest={"ram_pages": 1024})
+    page = b.buffer_page(0)
+    b.call("hostpage.map_page", page, 1)
+    first = page & ~(word.FOLIO - 1)
+    b.call("dirtylog.protect_page", page, word.GONE_MIGRATION)
+    gone = (b.m.host_page[0, first : first + word.FOLIO] & word.GONE_MASK) >> word.GONE_SHIFT
+    assert (gone == word.GONE_MIGRATION).all()
+    assert b.write_records(1) == 0
+    assert b.tr.fault_cause == Cause.MIGRATION
+
+
+def test_write_protecting_blames_nobody_for_what_was_not_writable() -> None:
+    b = migrating()
+    page = b.buffer_page(2)
+    b.call("pagetables.unmap_ipa", (int(b.par.ram_page0) + page) << 12)
+    before = int(b.m.host_page[0, page])
+    b.call("dirtylog.write_protect", page, page + 1, 0, module("machine.hostpage").GONE_HOST)
+    assert int(b.m.host_page[0, page]) == before
 
 
 def test_a_page_that_kvm_maps_for_a_write_is_logged_sent_again_and_protected_again() -> None:
