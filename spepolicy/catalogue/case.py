@@ -9,7 +9,10 @@ from typing import Any
 
 from spepolicy.errors import ConfigurationError, nearest
 
-__all__ = ["BASE", "EVENTS", "RECORDS", "Case", "OutOfScope", "Verdict", "read_case", "read_catalogue"]
+__all__ = [
+    "ANSWERED", "BASE", "DRIVERS", "EVENTS", "GUEST", "RECORDS", "Case", "Never", "OutOfScope", "Verdict", "read_case",
+    "read_catalogue",
+]  # fmt: skip
 
 FOLDER = "spepolicy_catalogue"  # tests/catalogue of the sources
 INDEX = "index.yaml"
@@ -17,9 +20,19 @@ INDEX = "index.yaml"
 EVENTS = ("stage1", "stage2", "external", "impdef")
 """Errors that a policy may tell the guest, besides a full buffer."""
 
-RECORDS = ("lost", "discarded", "cut", "diverged")
-"""What may befall records: not written; written and thrown away because of DL; the stream goes on behind a cut record
-and the guest does not know; written to a page that the VMM no longer shows."""
+RECORDS = ("lost", "discarded", "cut", "diverged", "unlogged")
+"""What may befall records: not written; written and thrown away because of DL, or dropped in discard mode; the stream
+goes on behind a cut record and the guest does not know; written to a page that the VMM no longer shows, or not for
+writing; written to a page of which the dirty log does not tell, so that a migration's target lacks them."""
+
+GUEST = ("fatal", "silent", "truncated", "dead", "reported")
+"""What becomes of the guest's session: its driver switches SPE off; that without any AUX flag, so that perf does not
+know; a handle is closed with PERF_AUX_FLAG_TRUNCATED; the VM ends; a side channel reports the blackout."""
+
+ANSWERED = tuple(f"E{n}" for n in range(1, 13))
+DRIVERS = ("linux", "freebsd", "windows")
+"""A case with `answer` runs on a policy that gives that answer to every fault, once for each of these drivers; its
+verdicts name drivers in place of policies."""
 
 BASE = (
     "guest.memory=16MiB", "guest.buffer=64KiB", "guest.buffer_mapped=true", "guest.task_on=1s", "guest.task_off=1us",
@@ -36,9 +49,21 @@ class Verdict:
     because: str  # reason and source
     blackout: tuple[str, ...] | None = None  # causes of it beyond a full buffer and a full ring: exactly these
     tells: tuple[str, ...] | None = None  # of EVENTS, exactly
+    may_tell: tuple[str, ...] | None = None  # of EVENTS: these are allowed, the others are not
     records: tuple[str, ...] | None = None  # of RECORDS, exactly
+    guest: tuple[str, ...] | None = None  # of GUEST, exactly
     errata: tuple[str, ...] | None = None  # at least these
+    versions: tuple[int, ...] = ()  # ID_AA64DFR0_EL1.PMSVer values that it is about; none: all of the case
     deviation: str = ""  # the policy does what the case forbids, and that is known: why, and who says so
+
+
+@dataclass(frozen=True)
+class Never:
+    """What the architecture forbids to every policy."""
+
+    tells: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
+    versions: tuple[int, ...] = ()  # that forbid it; none: all of the case
 
 
 @dataclass(frozen=True)
@@ -51,8 +76,10 @@ class Case:
     story: str
     set: tuple[str, ...]  # overrides of the configuration, on top of BASE
     versions: tuple[int, ...]  # ID_AA64DFR0_EL1.PMSVer
-    never: Mapping[str, tuple[str, ...]]  # "tells" and "records": forbidden for every policy by the architecture
+    never: Never
     verdicts: tuple[Verdict, ...]
+    fields: Mapping[str, Mapping[str, Any]]  # policy -> fields that it has in this case
+    answer: str = ""  # of ANSWERED, for a case about what the guest is told; see DRIVERS
 
 
 @dataclass(frozen=True)
@@ -109,12 +136,13 @@ def _verdict(where: str, content: Any, classes: Mapping[str, tuple[str, ...]], c
     expanded: list[str] = []
     for name in str(entry["policies"]).split():
         expanded += classes.get(name, (name,))
-    allowed = {"blackout": causes, "tells": EVENTS, "records": RECORDS}
-    judged: dict[str, tuple[str, ...]] = {
+    allowed = {"blackout": causes, "tells": EVENTS, "may_tell": EVENTS, "records": RECORDS, "guest": GUEST}
+    judged: dict[str, Any] = {
         key: _names(where, key, entry[key], names) for key, names in allowed.items() if key in entry
     }
     if "errata" in entry:
         judged["errata"] = tuple(str(entry["errata"] or "").split())
+    judged["versions"] = tuple(int(version) for version in entry.get("versions") or ())
     deviation = str(entry.get("deviation") or "")
     return Verdict(tuple(expanded), str(entry["because"]), deviation=deviation, **judged)
 
@@ -130,22 +158,42 @@ def read_case(text: str, where: str, classes: Mapping[str, tuple[str, ...]]) -> 
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _wrong(where, f"is not YAML: {error}", "see tests/catalogue/README.md.") from error
-    known = ("id", "title", "source", "story", "set", "host", "versions", "never", "verdicts")
+    known = ("id", "title", "source", "story", "set", "host", "versions", "never", "fields", "answer", "verdicts")
     entry = _keys(where, content, known, ("id", "title", "source", "story", "verdicts"))
-    never = entry.get("never") or {}
+    versions = tuple(int(version) for version in entry.get("versions") or (1,))
+    verdicts = tuple(_verdict(where, verdict, classes, causes) for verdict in entry["verdicts"])
+    never = _never(where, entry.get("never") or {})
+    for judged in (*(verdict.versions for verdict in verdicts), never.versions):
+        stray = sorted(set(judged) - set(versions))
+        if stray:
+            raise _wrong(where, f"judges version {stray[0]}", f"the case runs with {versions}.")
+    answer = str(entry.get("answer") or "")
+    if answer:
+        _names(where, "answer", answer, ANSWERED)
     return Case(
         id=str(entry["id"]),
         title=str(entry["title"]),
         source=str(entry["source"]),
         story=" ".join(str(entry["story"]).split()),
         set=(*(str(word) for word in entry.get("set") or ()), *_host(where, entry.get("host") or {})),
-        versions=tuple(int(version) for version in entry.get("versions") or (1,)),
-        never={
-            key: _names(where, f"never.{key}", never[key], EVENTS if key == "tells" else RECORDS)
-            for key in ("tells", "records")
-            if key in never
+        versions=versions,
+        never=never,
+        verdicts=verdicts,
+        fields={
+            policy: dict(values) for names, values in (entry.get("fields") or {}).items() for policy in names.split()
         },
-        verdicts=tuple(_verdict(where, verdict, classes, causes) for verdict in entry["verdicts"]),
+        answer=answer,
+    )
+
+
+def _never(where: str, content: Any) -> Never:
+    if not content:
+        return Never()
+    entry = _keys(where, content, ("tells", "records", "versions"), ())
+    return Never(
+        tells=_names(where, "never.tells", entry.get("tells"), EVENTS),
+        records=_names(where, "never.records", entry.get("records"), RECORDS),
+        versions=tuple(int(version) for version in entry.get("versions") or ()),
     )
 
 

@@ -1,38 +1,34 @@
-"""Run the catalogue: every case on every policy and SPE version, and compare with the verdicts."""
+"""Run the catalogue: every case on every policy and SPE version, and compare with the verdicts.
+
+Hydra composes only the files that cases choose; what they set beside is patched in (`spepolicy.lab.sweep.compose`).
+Cases of one policy that fit into one machine run side by side, policies in threads: a lane's result depends on neither.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spepolicy.catalogue.case import BASE, EVENTS, Case, Verdict
+from spepolicy.catalogue.answering import Answering
+from spepolicy.catalogue.case import BASE, DRIVERS, Case
+from spepolicy.catalogue.verdict import Seen, judge, observe
 from spepolicy.errors import ConfigurationError, SpePolicyError
-from spepolicy.machine.state import LostCause
+from spepolicy.machine.scenario import GuestDriver
 from spepolicy.platforms import equipped
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.simulate import Machines, Result, Runner
     from spepolicy.machine.scenario import Scenario
 
-__all__ = ["Outcome", "Seen", "judge", "observe", "run_catalogue", "scenario_of"]
+__all__ = ["Outcome", "run_catalogue", "scenarios_of"]
 
 LANES = 3
-_ORDINARY = (LostCause.BUFFER_FULL, LostCause.RING_FULL)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What happened in the lanes of one case, policy and version."""
-
-    blackout: tuple[str, ...]
-    tells: tuple[str, ...]
-    records: tuple[str, ...]
-    errata: tuple[str, ...]
-    blackout_pct: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Outcome:
     """One case on one policy and version."""
 
     case: str
-    policy: str
+    policy: str  # of a case about what the guest is told: the guest's driver
     version: int
     seen: Seen | None  # None: the policy does not run on this machine
     reason: str  # why it does not run
@@ -58,115 +54,45 @@ class Outcome:
         return f"{text} B" if self.seen.blackout else text
 
 
-def scenario_of(case: Case, cache: dict[tuple[str, ...], Any]) -> Scenario:
-    """Return the machine of *case*. *cache* keeps workloads, so that cases share them. Needs Hydra's registration.
+@dataclass(frozen=True)
+class _Run:
+    """One case that is to run on one policy: its machine, and the name that verdicts call the policy by."""
 
-    Raise ConfigurationError with the case's id for settings that are wrong.
+    case: Case
+    name: str
+    version: int
+    scenario: Scenario
+
+
+_Machinery = Mapping[tuple[str, int], "Scenario"]
+
+
+def scenarios_of(cases: Sequence[Case]) -> _Machinery:
+    """Return the machine of each case by its id and PMSVer. Raise ConfigurationError with the case's id for settings
+    that are wrong.
     """
-    from hydra import compose
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
 
-    from spepolicy.config import to_scenario
-    from spepolicy.messages import explain
-
-    try:
-        scenario = to_scenario(compose("config", overrides=[*BASE, *case.set]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"catalogue case {case.id}: {explain(error)}") from error
-    except ConfigurationError as error:
-        raise ConfigurationError(f"catalogue case {case.id}: {error}") from error
-    workload = cache.setdefault(("workload", scenario.workload.source), scenario.workload)
-    return replace(scenario, workload=workload)
-
-
-def observe(result: Result, virtualized: bool, manager: Any, hooks: tuple[str, ...]) -> Seen:
-    """Return what *result* shows, summed over its lanes."""
-    from spepolicy.judge.errata import merge_errata
-    from spepolicy.judge.findings import find
-    from spepolicy.lab.run import errata_from
-
-    truth = result.truth
-    causes = [
-        c for c in LostCause if c not in _ORDINARY and (result.blackout_ps[:, :, c].any() or result.lost[:, :, c].any())
-    ]
-    records = {
-        "lost": any(result.lost[:, :, cause].any() for cause in LostCause if cause not in _ORDINARY),
-        "discarded": truth["discarded"].any(),
-        "cut": truth["resumed_cut"].any(),
-        "diverged": truth["diverged_records"].any(),
-    }
-    notes: list[str] = []
-    findings = find(result, virtualized=virtualized, hooks=hooks)
-    errata = merge_errata([], errata_from(manager, "report_errata", notes, findings=findings))
-    wanted = max(int(truth["wanted_ps"].sum()), 1)
-    return Seen(
-        blackout=tuple(cause.name.lower() for cause in causes),
-        tells=tuple(name for name in EVENTS if truth[f"injected_{name}"].any()),
-        records=tuple(name for name, there in records.items() if there),
-        errata=tuple(erratum.id for erratum in errata if erratum.count),
-        blackout_pct=100.0 * float(result.blackout_ps.sum()) / wanted,
-    )
-
-
-def judge(case: Case, policy: str, seen: Seen) -> tuple[tuple[str, ...], bool]:
-    """Compare *seen* with the verdict of *case* on *policy*: (disagreements, whether the sources say anything)."""
-    problems = []
-    verdict = _verdict_on(case, policy)
-    known = verdict is not None and bool(verdict.deviation)
-    for what, forbidden in case.never.items():
-        for name in forbidden:
-            if name in getattr(seen, what) and not known:
-                problems.append(f"{what} {name}, which is forbidden: {case.source}")
-    judged = False
-    if verdict is not None:
-        for what in ("blackout", "tells", "records"):
-            wanted = getattr(verdict, what)
-            if wanted is None:
-                continue
-            judged = True
-            if set(wanted) != set(getattr(seen, what)):
-                problems.append(
-                    f"{what}: expected {_list(wanted)}, seen {_list(getattr(seen, what))} ({verdict.because})"
-                )
-        missing = [name for name in verdict.errata or () if name not in seen.errata]
-        judged = judged or verdict.errata is not None
-        if missing:
-            problems.append(f"errata: {_list(missing)} not raised, seen {_list(seen.errata)} ({verdict.because})")
-    return tuple(problems), judged
-
-
-def _verdict_on(case: Case, policy: str) -> Verdict | None:
-    named = [verdict for verdict in case.verdicts if policy in verdict.policies]
-    if named:
-        return named[0]
-    return next((verdict for verdict in case.verdicts if "others" in verdict.policies), None)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def run_catalogue(
-    cases: Sequence[Case], policies: Mapping[str, object], progress: Callable[[int, int], None] | None = None
-) -> list[Outcome]:
-    """Run every case on every policy and version; return the outcomes in the order of cases, policies and versions.
-
-    *progress* is told how many of how many policies are done. Lanes of one case share a machine.
-    """
-    from spepolicy.config import register
+    from spepolicy.config import register, to_scenario
+    from spepolicy.lab.sweep.compose import Composer
 
     register()
-    cache: dict[tuple[str, ...], Any] = {}
+    scenarios: dict[tuple[str, int], Scenario] = {}
+    workloads: dict[Any, Any] = {}  # one object each, so that cases can share a machine
     with _composing():
-        scenarios = {case.id: scenario_of(case, cache) for case in cases}
-    outcomes: list[Outcome] = []
-    for n, (name, policy) in enumerate(policies.items()):
-        outcomes += _run_policy(cases, scenarios, name, policy)
-        if progress is not None:
-            progress(n + 1, len(policies))
-    place = {case.id: n for n, case in enumerate(cases)}
-    return sorted(outcomes, key=lambda outcome: place[outcome.case])
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        master = hydra.compose_config("config", [], run_mode=RunMode.RUN, with_log_configuration=False)
+        composer = Composer(hydra.config_loader, master)
+        for case, version in ((each, version) for each in cases for version in each.versions):
+            try:
+                scenario = to_scenario(composer.compose([*BASE, *case.set, f"cpu.spe_version={version}"]))
+            except ConfigurationError as error:
+                raise ConfigurationError(f"catalogue case {case.id}: {error}") from error
+            workload = workloads.setdefault(scenario.workload.source, scenario.workload)
+            scenarios[case.id, version] = replace(scenario, workload=workload)
+    return scenarios
 
 
 @contextmanager
@@ -186,32 +112,111 @@ def _composing() -> Iterator[None]:
         state.hydra = kept
 
 
-def _run_policy(cases: Sequence[Case], scenarios: Mapping[str, Scenario], name: str, policy: object) -> list[Outcome]:
-    from spepolicy.drivers.simulate import Machines, Piece, Runner
+def run_catalogue(
+    cases: Sequence[Case], policies: Mapping[str, object], progress: Callable[[int, int], None] | None = None
+) -> list[Outcome]:
+    """Run every case on every policy and version; return the outcomes in the order of cases, policies and versions.
+
+    *progress* is told how many of how many policies are done.
+    """
+    scenarios = scenarios_of(cases)
+    jobs = [_work_of(cases, scenarios, name, policy) for name, policy in policies.items()]
+    jobs.append(_answers(cases, scenarios))
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        for n, found in enumerate(pool.map(_execute, jobs)):
+            outcomes += found
+            if progress is not None and n < len(policies):
+                progress(n + 1, len(policies))
+    place = {case.id: n for n, case in enumerate(cases)}
+    return sorted(outcomes, key=lambda outcome: place[outcome.case])
+
+
+_Work = list[tuple[object, list[_Run]]]  # policies, each with what it has to run
+
+
+def _work_of(cases: Sequence[Case], scenarios: _Machinery, name: str, policy: object) -> _Work:
+    """Return what there is to run on one policy: with its own fields, and with those that cases set."""
+    usual: list[_Run] = []
+    work: _Work = [(policy, usual)]
+    for case in cases:
+        if case.answer:
+            continue
+        runs = [_Run(case, name, version, scenarios[case.id, version]) for version in case.versions]
+        if name in case.fields:
+            work.append((_with_fields(policy, name, case), runs))
+        else:
+            usual += runs
+    return work
+
+
+def _with_fields(policy: object, name: str, case: Case) -> object:
+    """Return *policy* with the fields that *case* sets, the others as they are."""
+    from spepolicy.plugins import build_policy
+
+    kept = {field.name: getattr(policy, field.name) for field in fields(policy) if field.init}  # type: ignore[arg-type]
+    try:
+        return build_policy(name, kept | dict(case.fields[name]))
+    except SpePolicyError as error:
+        raise ConfigurationError(f"catalogue case {case.id}: {error}") from error
+
+
+def _answers(cases: Sequence[Case], scenarios: _Machinery) -> _Work:
+    """Return the runs of the cases about what the guest is told: one for each driver."""
+    work: _Work = []
+    for case in cases:
+        if not case.answer:
+            continue
+        runs = []
+        for version in case.versions:
+            scenario = scenarios[case.id, version]
+            for driver in DRIVERS:
+                guest = replace(scenario.guest, driver=GuestDriver[driver.upper()])
+                runs.append(_Run(case, driver, version, replace(scenario, guest=guest)))
+        work.append((Answering(case.answer), runs))
+    return work
+
+
+def _execute(work: _Work) -> list[Outcome]:
+    from spepolicy.drivers.simulate import Machines, Runner
+    from spepolicy.machine.build import shared_key
     from spepolicy.plugins import installed_reporters, make_plugin_manager
 
-    runner = Runner(policy, name)
-    manager = make_plugin_manager(policy, list(installed_reporters().values()))
-    hooks = tuple(caller.name for caller in manager.get_hookcallers(policy) or ())
     machines = Machines()
     outcomes = []
-    for case in cases:
-        scenario = scenarios[case.id]
-        if runner.why_unsupported(scenario):
-            scenario = equipped(scenario)
-        versions = {
-            version: replace(scenario, cpu=replace(scenario.cpu, spe_version=version)) for version in case.versions
-        }
-        reason = runner.why_unsupported(scenario) or ""
-        if reason:
-            outcomes += [Outcome(case.id, name, version, None, reason, (), False) for version in versions]
-            continue
-        try:
-            results = runner.run([Piece(it, np.arange(LANES)) for it in versions.values()], machines)
-        except SpePolicyError as error:
-            outcomes += [Outcome(case.id, name, version, None, str(error), (str(error),), True) for version in versions]
-            continue
-        for version, result in zip(versions, results, strict=True):
-            seen = observe(result, runner.behaviour.virtualized, manager, hooks)
-            outcomes.append(Outcome(case.id, name, version, seen, "", *judge(case, name, seen)))
+    for policy, runs in work:
+        runner = Runner(policy, runs[0].name if runs else "")
+        manager = make_plugin_manager(policy, list(installed_reporters().values()))
+        hooks = tuple(caller.name for caller in manager.get_hookcallers(policy) or ())
+        together: dict[Any, list[_Run]] = {}
+        for run in runs:
+            scenario = run.scenario
+            if runner.why_unsupported(scenario):
+                scenario = equipped(scenario)
+            reason = runner.why_unsupported(scenario) or ""
+            if reason:
+                outcomes.append(Outcome(run.case.id, run.name, run.version, None, reason, (), False))
+            else:
+                together.setdefault(shared_key(scenario), []).append(replace(run, scenario=scenario))
+        for batch in together.values():
+            for run, result in _results(runner, batch, machines):
+                if isinstance(result, str):
+                    outcomes.append(Outcome(run.case.id, run.name, run.version, None, result, (result,), True))
+                    continue
+                seen = observe(result, runner.behaviour.virtualized, manager, hooks)
+                verdict = judge(run.case, run.name, run.version, seen)
+                outcomes.append(Outcome(run.case.id, run.name, run.version, seen, "", *verdict))
     return outcomes
+
+
+def _results(runner: Runner, batch: Sequence[_Run], machines: Machines) -> list[tuple[_Run, Result | str]]:
+    """Return the result of each run of *batch*, or what a policy that broke its contract did there."""
+    from spepolicy.drivers.simulate import Piece
+
+    try:
+        results = runner.run([Piece(run.scenario, np.arange(LANES)) for run in batch], machines)
+    except SpePolicyError as error:
+        if len(batch) == 1:
+            return [(batch[0], str(error))]
+        return [found for run in batch for found in _results(runner, [run], machines)]  # which one was it?
+    return list(zip(batch, results, strict=True))

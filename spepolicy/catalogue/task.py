@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from spepolicy.catalogue.case import Case, OutOfScope, read_catalogue
+from spepolicy.catalogue.case import DRIVERS, Case, OutOfScope, read_catalogue
 from spepolicy.catalogue.run import Outcome, run_catalogue
 
 __all__ = ["catalogue_table", "run_task"]
@@ -41,22 +41,21 @@ def catalogue_table(
     outcomes: Sequence[Outcome],
     seconds: float,
 ) -> str:
-    """Return the table of cases by policies, and below it every disagreement with its explanation."""
-    marks: dict[tuple[str, str], list[str]] = {}
-    for outcome in outcomes:
-        marks.setdefault((outcome.case, outcome.policy), []).append(outcome.mark)
-    titles = {case.id: f"{case.id} {case.title}" for case in cases}
-    first = min(46, max(len(title) for title in titles.values()))
+    """Return the tables of cases by policies and of what the guest is told by drivers, and below them every
+    disagreement with its explanation.
+    """
+    first = min(46, max(len(_title(case)) for case in cases))
     letters = [chr(ord("a") + n) if n < 26 else f"{n}" for n in range(len(policies))]
     lines = [
         "Policies:",
         *textwrap.wrap("  ".join(f"{a} {p}" for a, p in zip(letters, policies, strict=True)), WIDTH),
         "",
     ]
-    lines.append(f"{'case':{first}} " + " ".join(f"{letter:4}" for letter in letters))
-    for case in cases:
-        cells = [_joined(marks.get((case.id, policy), ["?"])) for policy in policies]
-        lines.append(f"{titles[case.id]:{first}.{first}} " + " ".join(f"{cell:4}" for cell in cells))
+    lines += _grid([case for case in cases if not case.answer], first, letters, policies, outcomes)
+    answered = [case for case in cases if case.answer]
+    if answered:
+        lines += ["", "What the guest is told, and what its driver makes of it (a policy that gives this answer only):"]
+        lines += _grid(answered, first, DRIVERS, DRIVERS, outcomes)
     lines += [
         "",
         "ok as the sources say   B with blackout   . the sources say nothing   X otherwise   - does not run here",
@@ -71,6 +70,25 @@ def catalogue_table(
         f"{wrong} disagreements, in {seconds:.1f} s"
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _title(case: Case) -> str:
+    return f"{case.id} {case.title}"
+
+
+def _grid(
+    cases: Sequence[Case], first: int, heads: Sequence[str], names: Sequence[str], outcomes: Sequence[Outcome]
+) -> list[str]:
+    """Return a line a case with its mark for each of *names*, below a line of *heads*."""
+    marks: dict[tuple[str, str], list[str]] = {}
+    for outcome in outcomes:
+        marks.setdefault((outcome.case, outcome.policy), []).append(outcome.mark)
+    width = max(4, *(len(head) for head in heads))
+    lines = [f"{'case':{first}} " + " ".join(f"{head:{width}}" for head in heads)]
+    for case in cases:
+        cells = [_joined(marks.get((case.id, name), ["?"])) for name in names]
+        lines.append(f"{_title(case):{first}.{first}} " + " ".join(f"{cell:{width}}" for cell in cells))
+    return lines
 
 
 def _joined(marks: Sequence[str]) -> str:
