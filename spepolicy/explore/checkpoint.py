@@ -75,7 +75,7 @@ def save(path: Path, mark: str, arrays: dict[str, Ints], waiting: Frontier, done
 def load(path: Path, mark: str) -> tuple[dict[str, Ints], Block | None, Block | None, dict[str, Any]]:
     """Return (arrays, waiting, following, about) of a checkpoint of the model that *mark* stands for."""
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
         raise ConfigurationError(

@@ -209,8 +209,8 @@ def host_event(m: Machine, i: int) -> None:
         last = min(first + length, par.ram_pages)
     else:
         n = vm.host_index
-        op = (rec_op(m)[n]) & 0x7F
-        write = (rec_op(m)[n]) >> 7
+        op = widen(rec_op(m)[n]) & 0x7F
+        write = widen(rec_op(m)[n]) >> 7
         first = widen(rec_first(m)[n])
         last = widen(rec_end(m)[n])
     vm.host_events += 1

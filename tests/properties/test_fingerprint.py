@@ -16,7 +16,7 @@ from spepolicy.drivers import simulate as driver
 
 from . import fingerprint as it
 
-SOME = ("pin_on_fault, two vCPUs", "copy_buffer, filters", "post-copy")
+SOME = ("copy_buffer, filters", "pin_on_fault, two vCPUs", "post-copy")
 
 
 @pytest.mark.parametrize("name", it.CONFIGURATIONS)
