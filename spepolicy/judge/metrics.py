@@ -230,8 +230,17 @@ _add(
 _add(
     "diverged_records",
     "records",
-    "Records written to pages that the VMM's address no longer shows (silent divergence); a replicate.",
+    "Records written to pages that the VMM's address no longer shows, or that it may not write (silent divergence); a "
+    "replicate.",
     lambda v: v.sum("diverged_records"),
+)
+_add(
+    "diverged_samples_pct",
+    "%",
+    "Samples that are written where nobody looks who reads through the VMM, a migration for one: 100 * "
+    "diverged_records / due records (see missed_samples_pct). The guest's CPUs read through the same stage 2 as the "
+    "SPU writes and still find them, so they are no part of unseen_samples_pct.",
+    lambda v: 100 * ratio(v.sum("diverged_records"), v.due_records),
 )
 
 # ---- stolen time ----------------------------------------------------------------------------------------------------

@@ -35,12 +35,16 @@ _ROWS = (
     ("missed_samples_pct", "  missed in blackout, %"),
     ("lost_samples_pct", "  lost at faults, %"),
     ("discarded_samples_pct", "  written and discarded, %"),
+    ("diverged_samples_pct", "written where the VMM does not look, %"),
     ("fidelity_tv_excess", "profile distance beyond noise, 0..1"),
     ("stolen_pct", "vCPU time stolen, %"),
     ("pinned_peak_MiB", "pinned memory, peak MiB"),
     ("stage2_faults_per_s", "stage 2 faults, per wanted second"),
     ("attribution_accuracy_pct", "fault causes claimed rightly, %"),
 )
+
+
+_IF_ANY = ("diverged_samples_pct",)  # rows that are shown only where there is something
 
 
 def summarize(report: Report) -> str:
@@ -72,7 +76,8 @@ def _title(report: Report) -> str:
 
 
 def _table(chosen: str, measured: Mapping[str, Measured]) -> list[str]:
-    rows = [*_HEAD_ROWS, *_cause_rows(measured), *_ROWS]
+    rows = [*_HEAD_ROWS, *_cause_rows(measured)]
+    rows += [row for row in _ROWS if row[0] not in _IF_ANY or any(m.values.get(row[0], 0) for m in measured.values())]
     names = [chosen, *(name for name in measured if name != chosen)]
     cells = {name: [name, *(_cell(measured[name], metric) for metric, _ in rows)] for name in names}
     widths = {name: max(len(text) for text in column) + 3 for name, column in cells.items()}

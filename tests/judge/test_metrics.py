@@ -88,6 +88,16 @@ def test_record_shares_add_up_to_what_was_not_kept() -> None:
     assert sum(values[name] for name in parts) == pytest.approx(values["unseen_samples_pct"])
 
 
+def test_diverged_samples_are_kept_and_told_apart() -> None:
+    """kvm.md H8: the guest reads them through the same stage 2; the VMM and whoever reads through it do not."""
+    result = eventful_result(replicates=(0,))
+    result.truth["diverged_records"] = 50
+    values = measure(result, None).values
+    due = 500 + 2 + values["missed_samples"]
+    assert values["diverged_samples_pct"] == pytest.approx(100 * 50 / due)
+    assert values["unseen_samples_pct"] == measure(eventful_result(replicates=(0,)), None).values["unseen_samples_pct"]
+
+
 def test_missed_samples_that_a_filter_would_reject_are_not_missed_records() -> None:
     result = empty_result()
     profiled(result, 0, 0, (MS, 0), (25, 0, 0))

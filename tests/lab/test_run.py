@@ -154,6 +154,15 @@ def test_summary_is_narrow_ascii_and_complete(tmp_path: Path) -> None:
     assert all(name in text for name in FILES)
     assert "of cause stage2 host" in text
     assert "of cause ring full" not in text  # did not occur
+    assert "VMM does not look" not in text  # neither
+
+
+@pytest.mark.usefixtures("simulated")
+def test_divergence_is_told_where_there_is_some(tmp_path: Path) -> None:
+    report = run(plan(tmp_path))
+    report.verdicts["sample"].measured.values["diverged_samples_pct"] = 12.5
+    (row,) = (line for line in report.summary().splitlines() if "VMM does not look" in line)
+    assert row.split()[8] == "12.5"
 
 
 def many_baselines(tmp_path: Path) -> Plan:
