@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -74,57 +74,68 @@ numba: Any = _numba  # its stubs lack the configuration and the wrapper options
 COMPILED: bool = not numba.config.DISABLE_JIT
 
 if COMPILED:
+    from numba.core import event
 
-    def _choose_folder(function: Any) -> None:
-        """Make numba file *function* with its part; it looks when a function is decorated."""
+    events: Any = event  # its functions lack types
+
+    class _WithoutVectorizers(event.Listener):
+        """Leave LLVM's vectorizers out while code of this package is compiled: the machine chases single words, and
+        their attempts took a sixth of the time of a first run. Other users of numba in the process keep theirs.
+        """
+
+        def __init__(self) -> None:
+            self._before: list[tuple[Any, Any]] = []
+
+        def on_start(self, compiling: Any) -> None:
+            self._before.append((numba.config.LOOP_VECTORIZE, numba.config.SLP_VECTORIZE))
+            if compiling.data["dispatcher"].py_func.__module__.startswith("spepolicy."):
+                numba.config.LOOP_VECTORIZE = numba.config.SLP_VECTORIZE = 0
+
+        def on_end(self, compiling: Any) -> None:
+            numba.config.LOOP_VECTORIZE, numba.config.SLP_VECTORIZE = self._before.pop()
+
+    events.register("numba:compile", _WithoutVectorizers())
+
+    def _compile(function: F, **options: bool) -> F:
+        """Return *function* compiled at its first call, and filed with its part of the package."""
         owner = function.__module__.removeprefix("spepolicy.").partition(".")[0]
         part = owner if owner in _COMPILED_PARTS else "machine"
-        numba.config.CACHE_DIR = str(cache_dir(part))
+        numba.config.CACHE_DIR = str(cache_dir(part))  # numba looks at it when a function is decorated
+        compiled = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
+        _take_constants_as_variables(compiled)
+        return cast(F, compiled)
+
+    def _take_constants_as_variables(compiled: Any) -> None:
+        """Let compiled code call *compiled* with a constant as with a variable. numba would compile it, and what it
+        calls, for each literal again, a fifth of all; LLVM sees the constant anyway where it inlines the call.
+        """
+        resolve = compiled.get_call_template
+
+        def get_call_template(args: Any, kws: Any) -> Any:
+            plain = numba.types.unliteral
+            return resolve(tuple(map(plain, args)), {name: plain(kind) for name, kind in kws.items()})
+
+        compiled.get_call_template = get_call_template
 
     def jit(function: F) -> F:
         """Compile *function* for calls from compiled code: without a wrapper for Python, which costs more to compile
         than the rest.
         """
-        _choose_folder(function)
-        compiled: F = numba.njit(
-            cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-        )(function)
-        return compiled
+        return _compile(function, no_cpython_wrapper=True)
 
     def lean(function: F) -> F:
         """Compile *function*, which makes no array, for calls from compiled code: without counting references to the
         arrays that it borrows, which takes longer than a short function.
         """
-        _choose_folder(function)
-        compiled: F = numba.njit(
-            cache=True,
-            nogil=True,
-            error_model="numpy",
-            no_cpython_wrapper=True,
-            no_cfunc_wrapper=True,
-            _nrt=False,
-        )(function)
-        return compiled
+        return _compile(function, no_cpython_wrapper=True, _nrt=False)
 
     def inline(function: F) -> F:
         """Compile *function*, which makes no array, into its callers."""
-        _choose_folder(function)
-        compiled: F = numba.njit(
-            cache=True,
-            nogil=True,
-            error_model="numpy",
-            forceinline=True,
-            no_cpython_wrapper=True,
-            no_cfunc_wrapper=True,
-            _nrt=False,
-        )(function)
-        return compiled
+        return _compile(function, no_cpython_wrapper=True, _nrt=False, forceinline=True)
 
     def entry(function: F) -> F:
         """Compile *function* for calls from Python."""
-        _choose_folder(function)
-        compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
-        return compiled
+        return _compile(function)
 else:
 
     def jit(function: F) -> F:
@@ -220,6 +231,8 @@ else:
 
 @jit
 def widen(value: Any) -> int:
-    """Turn an element of a narrower array into the machine's int64, so that no function is compiled twice."""
+    """Turn an element of a narrower array into the machine's int64: no function is compiled twice, and nothing
+    becomes a float (numba makes one of an unsigned and a signed value).
+    """
     wide: Any = np.int64(value)
     return wide  # type: ignore[no-any-return]

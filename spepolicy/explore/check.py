@@ -9,7 +9,7 @@ from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S
 from spepolicy.explore.acts import Aux, FaultPage, Taint, Target
 from spepolicy.explore.places import buffer_page, target_page
 from spepolicy.explore.properties import Kind
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.hostpage import FRAME, PIN_MASK, SKIPPED
 from spepolicy.machine.misbehave import STRAY
 from spepolicy.machine.rows import dirty, host_page, params, tlb, truth_row, vcpu_row, vm_row, walk_row
@@ -141,7 +141,7 @@ def note_fault(m: Machine, i: int, aux: Ints) -> None:
     vCPUs have faulted, since both were stopped, the lane knows the walk of the last only: nothing is noted.
     """
     par = params(m, i)
-    at = widen(-1)
+    at = -1
     for k in range(par.vcpus):
         if vcpu_row(m, i, k).drain_due != 0 and (aux[_HELD] >> (16 * k)) & 0xFFFF == 0:
             aux[_HELD] |= _held(m, i, k) << (16 * k)

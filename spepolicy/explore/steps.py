@@ -18,7 +18,7 @@ from spepolicy.explore.bare import bare
 from spepolicy.explore.edits import edit
 from spepolicy.explore.migrate import migrate
 from spepolicy.explore.places import generations, opened, target_page
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.guest import eret_trapped, interrupt_for_restart, segment_end, take_virq
 from spepolicy.machine.kvm import ordinary_exit, take_interrupt
 from spepolicy.machine.linux_spe import read_ring, skip
@@ -90,7 +90,7 @@ def _happen(m: Machine, i: int, aux: Ints, event: Ints) -> int:
         aux[_TAINT] |= _ENDED
         return _VM_DESTROYED if (params(m, i).hooks >> _VM_DESTROYED) & 1 != 0 else _NONE
     if act == _TIMER:
-        vcpu_row(m, i, k).timer_ps = widen(NEVER)
+        vcpu_row(m, i, k).timer_ps = NEVER
         return _TIMER_HOOK
     if act == _BUG:
         aux[_TAINT] |= _BY_BUG

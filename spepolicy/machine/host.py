@@ -245,7 +245,7 @@ def schedule_host(m: Machine, i: int) -> None:
         vm.host_next_ps = NEVER
     elif par.host_kind == 1:
         # Competing exponential clocks: the memoryless draw of each is repeated after every event.
-        best = widen(NEVER)
+        best = NEVER
         for r in range(random_op(m).shape[0]):
             wait = scaled_exponential(exponential(m), draw(vm.key_host, vm.host_draws), random_op(m)[r, 1])
             vm.host_draws += 1

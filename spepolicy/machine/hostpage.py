@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.draw import draw
 from spepolicy.machine.effects import KIND_AGE, KIND_SET_SPTE, ROW, UNMAP
 from spepolicy.machine.pagetables import ipa_entry, map_ipa, map_ipa_block, unmap_ipa
@@ -175,7 +175,7 @@ def notify(m: Machine, i: int, event: int, why: int, first: int, last: int, time
     host_calls(m, i)[event] += times
     # Had KVM pinned the page as it believes, this operation would not have taken it.
     skips = effect_table(m)[0, vm.host_op, 2, ROW] & UNMAP == 0
-    slot, level = widen(-1), 0
+    slot, level = -1, 0
     before, ignored = vm.stage2_unmapped, vm.notifier_ignored
     for page in range(first, last):
         ipa = (par.ram_page0 + page) << 12
@@ -355,7 +355,7 @@ def pin_page(m: Machine, i: int, page: int) -> int:
         return cost
     words = host_page(m, i)
     if par.zone_movable != 0 and RAM_FRAME0 <= words[page] & FRAME < RAM_FRAME0 + words.shape[0]:
-        first, count, frame = page, 1, widen(-1)
+        first, count, frame = page, 1, -1
         if words[page] & HUGE != 0:
             first, count, frame = page & ~(FOLIO - 1), FOLIO, fresh_folio(vm)
         notify(m, i, CLEAR, WHY_RMAP, first, first + count, 1)

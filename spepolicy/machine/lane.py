@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import entry, jit, widen
+from spepolicy.jit import entry, jit
 from spepolicy.machine.blackout import account
 from spepolicy.machine.guest import boot, end_of_run, eret_trapped, interrupt_for_restart, segment_end, take_virq
 from spepolicy.machine.host import host_event, is_out_of_reach, schedule_host
@@ -39,7 +39,7 @@ def _next_time(m: Machine, i: int, k: int) -> int:
     """Return the guest time of vCPU *k*'s next event."""
     v = vcpu_row(m, i, k)
     if v.segment == _DONE or v.blocked != 0:
-        return widen(NEVER)
+        return NEVER
     t = min(v.segment_end_ps, v.irq_ps, v.exit_next_ps, v.preempt_next_ps, v.reader_ps, params(m, i).duration_ps)
     t = min(t, v.act_next_ps)
     if v.timer_ps != NEVER:
@@ -94,7 +94,7 @@ def _step(m: Machine, i: int, k: int, t: int) -> int:
             fire_armed(m, i, k, ended)
         return hook
     if v.timer_ps != NEVER and t >= v.timer_ps - v.host_ps:
-        v.timer_ps = widen(NEVER)
+        v.timer_ps = NEVER
         return _TIMER
     if t == v.reader_ps:
         read_ring(m, i, k)
@@ -146,8 +146,8 @@ def run_lane(m: Machine, i: int) -> None:
         if vm.window_count > WINDOW_LOG:  # the array has room for four more windows of each vCPU
             _wait(m, i, _LOG_FULL, 0)
             return
-        first = widen(-1)
-        first_host = widen(NEVER)
+        first = -1
+        first_host = NEVER
         for k in range(par.vcpus):
             v = vcpu_row(m, i, k)
             if v.hook_next != 0:

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 from spepolicy.arch.registers import PMBLIMITR_E, PMBLIMITR_LIMIT, PMBSR_S, PMSCR_E0SPE, PMSCR_E1SPE
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.dirtylog import (
     KEEP_AND_REPORT,
     KEEP_NONE,
@@ -385,7 +385,7 @@ def resume_on_target(m: Machine, i: int) -> None:
     _drop_pins(m, i, now_ps)
     _empty_target(m, i)
     if par.migration_handling == _PREFAULT_TARGET:
-        cost = widen(0)
+        cost = 0
         for k in range(par.vcpus):
             cost += prefault(m, i, k)
         for k in range(par.vcpus):
@@ -451,7 +451,7 @@ def _next_event_ps(m: Machine, i: int) -> int:
         return vm.migration_next_ps + vm.migration_pages * par.migration_page_ps + par.migration_switch_ps
     if phase == _ARRIVING:
         return vm.migration_next_ps + ARRIVING_PAGES * par.migration_page_ps
-    return vm.migration_next_ps if phase == _CANCELLING else widen(NEVER)
+    return vm.migration_next_ps if phase == _CANCELLING else NEVER
 
 
 @jit

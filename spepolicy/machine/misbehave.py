@@ -21,7 +21,7 @@ from spepolicy.arch.registers import (
     PMBSR_MSS,
     PMBSR_S,
 )
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.draw import draw, scaled_exponential
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.host import (
@@ -212,7 +212,7 @@ def level2_entry(m: Machine, i: int, va: int) -> tuple[int, int]:
         if descriptor & TABLE_DESCRIPTOR != TABLE_DESCRIPTOR:
             break
         address = descriptor & OA_MASK
-    return widen(-1), widen(0)
+    return -1, 0
 
 
 @jit
@@ -406,7 +406,7 @@ def _change_page(m: Machine, i: int, k: int, kind: int, offset: int, tlbi: int) 
 def schedule_act(m: Machine, i: int, k: int) -> None:
     """Set the time and row of the next act: competing exponential clocks, and acts at a fixed time."""
     v = vcpu_row(m, i, k)
-    best = widen(NEVER)
+    best = NEVER
     for r in range(act(m).shape[0]):
         every, at = act(m)[r, _EVERY], act(m)[r, _AT]
         if every > 0:
@@ -443,7 +443,7 @@ def act_due(m: Machine, i: int, k: int) -> None:
     chosen = v.act_index
     for r in range(act(m).shape[0]):
         if r == chosen or (act(m)[r, _EVERY] == 0 and act(m)[r, _AT] == v.now_ps):
-            if _is_moment(v, act(m)[r, _ACT], act(m)[r, _MOMENT], widen(-1)):
+            if _is_moment(v, act(m)[r, _ACT], act(m)[r, _MOMENT], -1):
                 perform(m, i, k, r)
             else:
                 v.act_armed |= 1 << r

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import jit, widen
+from spepolicy.jit import jit
 from spepolicy.machine.dirtylog import KEEP_NONE, write_protect
 from spepolicy.machine.effects import (
     COLLAPSE,
@@ -165,7 +165,7 @@ def _change_pages(m: Machine, i: int, first: int, last: int, effect: int) -> Non
     """Apply *effect* to pages first..last-1. A huge page that moves stays one."""
     words = host_page(m, i)
     whole = effect & COLLAPSE != 0 or (words[first] & HUGE != 0 and last - first == FOLIO and effect & SPLIT == 0)
-    folio = widen(-1)
+    folio = -1
     if whole and effect & MOVE != 0:
         folio = fresh_folio(vm_row(m, i))
     elif words[first] & HUGE != 0 and (
@@ -232,7 +232,7 @@ def _has_same_row(word: int, before: int) -> bool:
 def _edges(m: Machine, i: int, first: int, last: int, kind: int, times: int) -> None:
     """Notify of the 2 MiB around each end of first..last that is not a multiple of 2 MiB."""
     pages = host_page(m, i).shape[0]
-    before = widen(-1)
+    before = -1
     if first & (FOLIO - 1) != 0:
         before = first & ~(FOLIO - 1)
         notify(m, i, kind, WHY_SPLIT, before, min(before + FOLIO, pages), times)
@@ -275,7 +275,7 @@ def _operate_on_range(m: Machine, i: int, op: int, first: int, last: int) -> Non
     words = host_page(m, i)
     for s in range(STEPS):
         current, start, found, split = 0, first, False, False
-        before, row = widen(HUGE), widen(-1)
+        before, row = HUGE, -1
         for page in range(first, last + 1):
             step = 0
             if page < last:
@@ -293,7 +293,7 @@ def _operate_on_range(m: Machine, i: int, op: int, first: int, last: int) -> Non
         if not found:
             break
     page = first
-    before, row = widen(HUGE), widen(-1)
+    before, row = HUGE, -1
     while page < last:
         if not _has_same_row(words[page], before):
             row = _row(m, i, op, page)

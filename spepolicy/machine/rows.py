@@ -115,6 +115,7 @@ if COMPILED:
 
     def _accessor(name: str, source: str) -> Any:
         scope: dict[str, Any] = {
+            "__name__": __name__,
             "carray": numba.carray,
             "pointer": _pointer,
             **_RECORDS,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-NEVER = np.int64(1) << np.int64(62)  # a time that does not come
+NEVER = 1 << 62  # ps, a time that does not come
 LOST_CAUSES = 12
 WINDOW_LOG = 128
 

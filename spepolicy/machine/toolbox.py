@@ -153,7 +153,7 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         reads = 0
         table = -1
         slot = -1
-        before = widen(-1)
+        before = -1
         v.walk_lo = lo[n]
         v.walk_hi = lo[n]
         for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
@@ -257,7 +257,7 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
             if paid < 0:
                 return n, cost
             cost += paid + map_page(m, i, page, 1)
-            middle = widen(-1)  # a notifier may have freed it
+            middle = -1  # a notifier may have freed it
         else:
             words[page] += PIN_ONE
     return count, cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.jit import entry, jit, widen
+from spepolicy.jit import entry, jit
 from spepolicy.machine.host import (
     FRAME,
     HOLE,
@@ -124,7 +124,7 @@ def map_all(m: Machine, lanes: Ints) -> Ints:
         par = params(m, i)
         before = vm.stage2_maps
         words = host_page(m, i)
-        middle, region = widen(-1), widen(-1)
+        middle, region = -1, -1
         for page in range(par.ram_pages):
             ipa = (par.ram_page0 + page) << 12
             if ipa >> 30 != region or middle < 0:
@@ -134,7 +134,7 @@ def map_all(m: Machine, lanes: Ints) -> Ints:
             leaf = leaf_descriptor(pool(m, i), middle, ipa) if middle >= 0 else 0
             if words[page] & _USABLE == PRESENT and maps_writable(leaf, words[page] & FRAME):
                 continue
-            middle = widen(-1)
+            middle = -1
             cost = map_page(m, i, page, 1)
             if cost < 0:
                 result[n] = PIN_NO_PAGE
