@@ -86,7 +86,9 @@ class EagerPin:
     def migration_finished(self, vcpus: Vcpus) -> None:
         # KVM_SET_ONE_REG on the target is a write to the registers like the guest's own.
         enabled = (vcpus.pmblimitr & 1 != 0) & (vcpus.pmscr & 0b10 != 0) & (vcpus.pmbsr & (1 << 17) == 0)
-        pin_buffer(vcpus.where(enabled), self.pin_stage1_tables)
+        again = vcpus.where(enabled)
+        again.unpin()  # where the migration was given up the pins are still there, and must not count twice
+        pin_buffer(again, self.pin_stage1_tables)
 
     @hookimpl
     def vm_destroyed(self, vms: Vms) -> None:

@@ -86,7 +86,9 @@ class PinWhileEnabled:
     @hookimpl
     def migration_finished(self, vcpus: Vcpus) -> None:
         # KVM_SET_ONE_REG on the target is a write to the registers like the guest's own.
-        self.buffer_enabled(vcpus.where((vcpus.pmblimitr & 1 != 0) & (vcpus.pmbsr & (1 << 17) == 0)))
+        enabled = vcpus.where((vcpus.pmblimitr & 1 != 0) & (vcpus.pmbsr & (1 << 17) == 0))
+        enabled.unpin()  # where the migration was given up the pins are still there, and must not count twice
+        self.buffer_enabled(enabled)
 
     @hookimpl
     def buffer_disabled(self, vcpus: Vcpus) -> None:

@@ -68,6 +68,13 @@ class UserChoice:
             self._chosen.buffer_disabled(vcpus)
 
     @hookimpl
+    def migration_finished(self, vms: Vms, vcpus: Vcpus) -> None:
+        if isinstance(self._chosen, PinVm):
+            self._chosen.migration_finished(vms)
+        elif isinstance(self._chosen, PinWhileEnabled):
+            self._chosen.migration_finished(vcpus)
+
+    @hookimpl
     def vm_destroyed(self, vms: Vms) -> None:
         self._chosen.vm_destroyed(vms)
 

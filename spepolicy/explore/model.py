@@ -53,6 +53,7 @@ class Settings:
     vcpus: int = 1
     buffer_pages: int = 4
     buffer_mapped: bool = False
+    paravirtual: bool = False  # the driver announces its buffers to KVM
     sessions: tuple[str, ...] = ("el0_el1", "el0", "el1")
     edits: str = "disabled"
     tlbi: tuple[bool, ...] = (True,)  # edits with TLBI, and without
@@ -117,6 +118,7 @@ def _scenario(settings: Settings) -> Scenario:
             ram_pages=ram_pages,
             buffer_pages=settings.buffer_pages,
             buffer_mapped=settings.buffer_mapped,
+            paravirtual=settings.paravirtual,
             session=SessionMode.PER_TASK,
             jitter=False,
             task_on_ps=1,

@@ -27,7 +27,7 @@ from spepolicy.schema import ExploreSettings, settings_of
 
 __all__ = ["bounds_of", "explore", "settings_from"]
 
-_GROUPS = ("explore", "cpu", "kvm", "host", "migration")
+_GROUPS = ("explore", "cpu", "kvm", "host", "migration", "guest")
 _LISTS = ("sessions", "tlbi", "host_ops", "host_targets", "compare")
 _TEXTS = ("spill_dir", "resume")
 _BOUNDS = ("max_states", "max_depth", "max_time", "frontier_memory")
@@ -54,6 +54,7 @@ def settings_from(config: Mapping[str, Any], scenario: Scenario) -> Settings:
         tlbi=tuple(name == "with" for name in lists["tlbi"]),
         host_ops=lists["host_ops"],
         host_targets=lists["host_targets"],
+        paravirtual=scenario.guest.paravirtual,
         cpu=scenario.cpu,
         irq_delivery=scenario.kvm.irq_delivery,
         bug=scenario.kvm.bug,

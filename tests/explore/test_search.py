@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from spepolicy.errors import ConfigurationError
 from spepolicy.explore.acts import Act, event_name, parse_event
+from spepolicy.explore.added import AddedProperty, States
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.properties import KINDS
-from spepolicy.explore.search import Bounds, Outcome, search
+from spepolicy.explore.search import INTERRUPTED, Bounds, Outcome, Progress, search
+from spepolicy.hookspecs import hookimpl
 from spepolicy.machine.scenario import MigrationKind
+from spepolicy.plugins import build_policy
 
 from .conftest import explored, model_of
 
 DEPTH = 14
+PinOnFault: Any = type(build_policy("pin_on_fault", {}))
 
 
 def essence(outcome: Outcome) -> tuple[Any, ...]:
@@ -49,6 +55,44 @@ def test_a_search_that_a_bound_ended_goes_on_as_if_it_had_not_stopped(tmp_path: 
     assert first.states <= bound.get("max_states", 10**9)
     second = search(busy(), Bounds(max_depth=DEPTH), resume_from=path)
     assert essence(second) == essence(search(busy(), Bounds(max_depth=DEPTH)))
+
+
+def test_a_bound_on_time_ends_the_search_and_what_is_left_is_told() -> None:
+    outcome = search(busy(), Bounds(max_seconds=0.0))
+    assert outcome.stopped_by == "explore.max_time=0s"
+    assert not outcome.complete
+    assert outcome.left > 0
+    assert outcome.states == sum(outcome.levels)
+
+
+def test_progress_is_told() -> None:
+    told: list[Progress] = []
+    outcome = search(busy(), Bounds(max_depth=6), progress=told.append)
+    last = told[-1]
+    assert (last.states, last.depth, last.found) == (outcome.states, outcome.depth, len(outcome.found))
+    assert last.waiting == outcome.left == outcome.levels[-1]
+
+
+@dataclass
+class Interrupted(PinOnFault):
+    """Somebody presses Ctrl-C when the search comes to a fault that KVM has seen."""
+
+    @hookimpl
+    def explore_properties(self) -> list[AddedProperty]:
+        def pressed(states: States) -> NDArray[np.bool_]:
+            if states.vcpu("event_seen").any():
+                raise KeyboardInterrupt
+            return np.zeros(len(states), dtype=np.bool_)
+
+        return [AddedProperty("calm", "nobody is in a hurry", "a test", pressed)]
+
+
+def test_ctrl_c_ends_a_search_with_what_it_has() -> None:
+    outcome = search(model_of(Interrupted()), Bounds())
+    assert outcome.stopped_by == INTERRUPTED
+    assert 0 < outcome.states < 1000
+    assert outcome.left > 0
+    assert not outcome.complete
 
 
 def test_a_search_is_resumed_only_by_its_own_model(tmp_path: Path) -> None:
