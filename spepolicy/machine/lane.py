@@ -61,9 +61,10 @@ def _advance(m: Machine, i: int, k: int, until_ps: int) -> None:
             rate_ps = op_ps(m)[v.distribution]
             run_counter(m, i, k, rate_ps)
             v.now_ps = sample_until(m, i, k, until_ps)
-            v.population_ps += v.now_ps - begin
-            truth_row(m, i, k).population += v.population_ps // rate_ps
-            v.population_ps %= rate_ps
+            elapsed_ps = v.population_ps + v.now_ps - begin
+            members = elapsed_ps // rate_ps
+            truth_row(m, i, k).population += members
+            v.population_ps = elapsed_ps - members * rate_ps
         else:
             hold_counter(v, v.now_ps)
             if v.flight != 0:

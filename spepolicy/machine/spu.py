@@ -115,7 +115,6 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
         and not logging
     )
     evenly = is_plain(m, i, k)
-    simple = evenly and not logging and secondary_mask == 0 and late == 0
     last_start = (v.pmblimitr & PMBLIMITR_LIMIT) - par.max_record_bytes
     key, draws, select, busy, flight = v.key_sample, v.sample_draws, v.select_ps, v.busy_until_ps, v.flight
     outcome, latency, pointer, page, digest = v.flight_outcome, v.flight_latency, v.pmbptr, v.tlb_page, tr.digest
@@ -153,27 +152,24 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
             # Rules 10 and 11: the member that finds COUNT=0 reloads it and is not counted, hence the 1 in interval.
             # Rule 12: what the secondary counter added to the last interval is not part of the next.
             jitter = bits & random_mask
-            if simple:
-                select = at + (interval + jitter) * rate
-            else:
-                select = at + (interval + jitter - late) * rate
-                late = jitter & secondary_mask
+            select = at + (interval + jitter - late) * rate
+            late = jitter & secondary_mask
             if at < busy:
                 # Rule 14: one sample at a time; the new one is dropped. A drain writes the record earlier but the
                 # operation still takes its time, so that a world switch does not change which samples collide.
                 collided += 1
-                if not simple and logging:
+                if logging:
                     log_at(m, i, k, at, COLLIDED, ZERO, ZERO, ZERO)
                 continue
             slot = (bits >> 8) & 0xFF
             outcome = choice[slot, 0] if (bits >> 16) & 0xFF_FFFF < threshold[slot] else choice[slot, 1]
-            if not simple and not evenly:
+            if not evenly:
                 outcome = pick(m, i, k, at, outcome, draws)
             # An exponential part, cut at ln(1024) times its mean: its slice comes from ten more bits of the same draw.
             latency = latencies[outcome] + ((spreads[outcome] * table[(bits >> 40) & 1023]) >> 20)
             flight = 1
             busy = at + latency * cycle_ps
-            if not simple and logging:
+            if logging:
                 log_selection(m, i, k, at, outcome, draws - 1)
         else:
             break

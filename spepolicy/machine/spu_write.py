@@ -267,5 +267,6 @@ def book(tr: Any, written: int) -> None:
     """Count records that are in the buffer."""
     tr.written += written
     tr.pending += written
-    tr.diverged_records += written * (tr.diverged_now & 1)
-    tr.stray_records += written * (tr.diverged_now >> 1)
+    if tr.diverged_now != 0:
+        tr.diverged_records += written * (tr.diverged_now & 1)
+        tr.stray_records += written * (tr.diverged_now >> 1)

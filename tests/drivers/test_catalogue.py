@@ -80,7 +80,9 @@ def test_every_verdict_holds_on_every_shipped_policy() -> None:
 def test_a_wrong_verdict_is_a_disagreement_with_its_reason() -> None:
     (case,) = (case for case in read_catalogue()[0] if case.id == "A3")
     wrong = tuple(replace(verdict, blackout=("stage1_fault",)) for verdict in case.verdicts)
-    (outcome,) = run_catalogue([replace(case, verdicts=wrong)], {"map_on_fault": build_policy("map_on_fault", {})})
+    (outcome,) = run_catalogue(
+        [replace(case, verdicts=wrong, versions=(1,))], {"map_on_fault": build_policy("map_on_fault", {})}
+    )
     assert outcome.mark == "X"
     assert "expected stage1_fault, seen stage2_not_pinned" in outcome.disagreements[0]
     assert "no record was there to discard" in outcome.disagreements[0]
@@ -135,7 +137,7 @@ def test_a_policy_that_breaks_its_contract_is_told_for_its_cases_only() -> None:
             raise ValueError("broken")
 
     cases = [case for case in read_catalogue()[0] if case.id in ("A3", "A9")]
-    faulting, calm = run_catalogue([replace(case, verdicts=()) for case in cases], {"broken": Broken()})
+    faulting, calm = run_catalogue([replace(case, verdicts=(), versions=(1,)) for case in cases], {"broken": Broken()})
     assert "raised ValueError: broken" in faulting.disagreements[0]
     assert calm.disagreements == ()
 
