@@ -1,0 +1,54 @@
+"""KVM's exits one at a time, and what a lane's memory is laid out with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from .interpreted import module
+from .spu_bench import Bench
+
+
+@pytest.mark.parametrize("enabled", [0, 1])
+@pytest.mark.parametrize("preempted", [False, True])
+def test_an_exit_costs_and_one_with_spe_in_the_guest_costs_the_switch_too(enabled: int, preempted: bool) -> None:
+    bench = Bench(virtualized=True)
+    bench.v.pmblimitr = bench.limit | enabled
+    bench.v.exit_next_ps = bench.v.preempt_next_ps = 0
+    bench.par.exit_interval_ps = bench.par.preempt_interval_ps = 1 << 40
+    bench.v.flight = 0
+    before = int(bench.v.host_ps)
+    with np.errstate(over="ignore"):
+        assert bench.call("kvm.ordinary_exit", 0, preempted) == 0
+    switch = bench.par.spe_switch_ps if enabled else 0
+    assert int(bench.tr.switch_total_ps) == switch
+    away = int(bench.tr.other_host_ps)
+    assert int(bench.v.host_ps) - before == away + switch
+    assert (away > bench.par.exit_ps) if preempted else (away == bench.par.exit_ps)
+    assert (int(bench.tr.exits), int(bench.tr.preemptions)) == (int(not preempted), int(preempted))
+    due, other = bench.v.preempt_next_ps, bench.v.exit_next_ps
+    if not preempted:
+        due, other = other, due
+    assert due > int(bench.v.now_ps)
+    assert other == 0, "the other clock is left alone"
+
+
+def test_an_exit_ends_the_operation_in_flight() -> None:
+    bench = Bench(virtualized=True)
+    bench.v.flight, bench.v.flight_outcome = 1, 0
+    with np.errstate(over="ignore"):
+        bench.call("kvm.ordinary_exit", 0, False)
+    assert int(bench.v.flight) == 0
+    assert int(bench.tr.written) == 1
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 8])
+def test_each_table_of_the_guest_has_a_page_of_its_own(vcpus: int) -> None:
+    bench = Bench(virtualized=True, guest={"vcpus": vcpus})
+    words = bench.m.host_page[0]
+    host = module("machine.hostpage")
+    role = (words & host.ROLE_MASK) >> host.ROLE_SHIFT
+    tables = np.flatnonzero((role == host.ROLE_TABLE) | (role == host.ROLE_HOT))
+    assert len(tables) == int(bench.vm.next_table) <= int(bench.par.guest_tables)
+    assert all(bench.slot_of(int(words[page] & host.FRAME)) >= 0 for page in tables)
+    assert (role == host.ROLE_BUFFER).sum() == vcpus * int(bench.par.buffer_pages)
