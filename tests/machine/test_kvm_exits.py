@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spepolicy.machine.hostops import Backing
+from spepolicy.machine.scenario import Host
+
 from .interpreted import module
 from .spu_bench import Bench
 
@@ -52,3 +55,16 @@ def test_each_table_of_the_guest_has_a_page_of_its_own(vcpus: int) -> None:
     assert len(tables) == int(bench.vm.next_table) <= int(bench.par.guest_tables)
     assert all(bench.slot_of(int(words[page] & host.FRAME)) >= 0 for page in tables)
     assert (role == host.ROLE_BUFFER).sum() == vcpus * int(bench.par.buffer_pages)
+
+
+@pytest.mark.parametrize("hit", [0, 3, 511])
+def test_what_changes_a_block_takes_all_of_its_pages_out_of_the_tlb(hit: int) -> None:
+    bench = Bench(virtualized=True, host=Host(backing=Backing.THP), guest={"ram_pages": 1024})
+    first = int(bench.par.ram_page0)
+    pages = (511, 512, 512 + hit, 1023)  # of the guest; the second huge page begins at 512
+    for block in (0, 512):
+        assert module("machine.pagetables").ipa_entry(bench.m, 0, (first + block) << 12)[2] == 2, "a block"
+    for slot, page in enumerate(pages):
+        bench.m.tlb[0, 0, slot] = (slot, 0, first + page, 0)
+    bench.call("hostpage.age", 512 + 5, 512 + 6, 1)
+    assert [int(row[0]) for row in bench.m.tlb[0, 0, :4]] == [0, -1, -1, -1]

@@ -27,7 +27,6 @@ class Estimate:
     lane_s: float  # seconds a lane, the slowest policy
     total_s: float  # with all workers
     lane_bytes: int  # memory a lane, the largest
-    trial_s: float
 
     def task_lanes(self, lanes: int, workers: int) -> int:
         """Return how many of *lanes* lanes a task should have."""
@@ -44,7 +43,6 @@ def estimate(configurations: Sequence[Configuration], missing: Mapping[str, int]
     from spepolicy.drivers.simulate import Machines, Piece, Runner
     from spepolicy.machine.build import shape_of
 
-    begin = time.perf_counter()
     machines = Machines()
     lane_s: dict[PolicyChoice, float] = {}
     sizes: dict[tuple[int, ...], int] = {}
@@ -66,7 +64,7 @@ def estimate(configurations: Sequence[Configuration], missing: Mapping[str, int]
         sizes[shape] = sum(runner.memory.values())
     slowest = max(lane_s.values(), default=0.0)
     total = sum(missing[c.key] * lane_s.get(c.policy, slowest) for c in configurations)
-    return Estimate(slowest, total / workers, max(sizes.values(), default=0), time.perf_counter() - begin)
+    return Estimate(slowest, total / workers, max(sizes.values(), default=0))
 
 
 def listing(
