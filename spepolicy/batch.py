@@ -139,9 +139,17 @@ class Vcpus:
         return self.pmblimitr & ~np.uint64(0xFFF)
 
     @property
+    def physical(self) -> NDArray[np.bool_]:
+        """PMBLIMITR_EL1.nVM, bool[n]: PMBPTR_EL1 and LIMIT are intermediate physical addresses, and stage 1 is off for
+        the SPU (spe.md rule 50). True only where the policy's `physical_addressing` allowed it.
+        """
+        bypassed: NDArray[np.bool_] = (self.pmblimitr & np.uint64(1 << 7)) != 0
+        return bypassed
+
+    @property
     def announced_lo(self) -> Addresses:
         """First page of the AUX ring that a paravirtual guest announced, uint64[n] (hook `buffer_announced`)."""
-        return self._register("buffer_va")
+        return self._register("buffer_base")
 
     @property
     def announced_hi(self) -> Addresses:
@@ -203,6 +211,16 @@ class Vcpus:
             return WalkResult(self, _NOTHING)
         kit = _kit(self._ticket)
         return WalkResult(self, kit.walk_stage1(self._lanes, self._vcpus, low, high, pin_tables, one_range))
+
+    def list_physical(self, lo: ArrayLike, hi: ArrayLike) -> WalkResult:
+        """List the pages of the intermediate physical ranges [lo, hi), uint64[n], as a walk would. Costs nothing: there
+        is nothing to walk. `failed` are the vCPUs whose range is not all in the VM's memory.
+        """
+        low = _per_vcpu(lo, len(self), "list_physical(lo)", "integer").astype(np.uint64).view(np.int64)
+        high = _per_vcpu(hi, len(self), "list_physical(hi)", "integer").astype(np.uint64).view(np.int64)
+        if not len(self):
+            return WalkResult(self, _NOTHING)
+        return WalkResult(self, _kit(self._ticket).list_physical(self._lanes, self._vcpus, low, high))
 
     def look(self) -> Evidence:
         """Find out what KVM can know of the page behind a fault: one software walk of the faulting address, checked

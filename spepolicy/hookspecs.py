@@ -2,7 +2,7 @@
 
 Order of calls in one run
 -------------------------
-1. `supports`, `virtualization`, `ownership`, `traps`, `notifier_filter`
+1. `supports`, `virtualization`, `ownership`, `physical_addressing`, `traps`, `notifier_filter`
                                                        once, when the run is set up
 2. `vm_created`                                        once per batch, before the first vCPU runs
 3. `buffer_announced`, `buffer_enabled`, `profiling_enabled`, `user_profiling_armed`, `eret`, `profiling_disabled`,
@@ -70,6 +70,7 @@ class Platform:
     memlock_pages: int | None  # RLIMIT_MEMLOCK of the VMM, None: CAP_IPC_LOCK
     guest_memfd: bool  # the kernel can back a VM by a guest_memfd and map it before the VM runs
     paravirtual_guest: bool  # the guest's SPE driver announces its buffers
+    physical_addressing: bool  # FEAT_SPE_nVM: PMBLIMITR_EL1.nVM exists
     numa_balancing: bool  # the host's kernel scans for NUMA balancing
     ksm: bool  # the host merges equal pages
 
@@ -159,6 +160,15 @@ class PolicySpec:
         With `Ownership.KVM` PMB* trap in any case, `own_buffer_full` and `buffer_stopping` must be implemented, and
         the registers that a batch shows are KVM's shadows: what the guest wrote and reads. With `Ownership.NOBODY`
         no other hook is called but `errata`.
+        """
+
+    @hookspec(firstresult=True)
+    def physical_addressing(self) -> bool | None:
+        """Say whether the guest may bypass stage 1 with PMBLIMITR_EL1.nVM=1: PMSCR_EL2.EnVM. Once per run. None: no.
+
+        Needs FEAT_SPE_nVM, and has an effect on guests whose driver asks for it (`guest.physical_buffer`): for them
+        PMBIDR_EL1.AddrMode reads 1, and what a batch shows as addresses of the buffer are intermediate physical
+        addresses (`vcpus.physical`). Stage 2 applies as ever. Without effect where the guest does not own its buffer.
         """
 
     @hookspec(firstresult=True)

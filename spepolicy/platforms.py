@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from spepolicy.arch.versions import Feature, features_of
 from spepolicy.errors import HookError, SpePolicyError
 from spepolicy.hookspecs import Platform
 from spepolicy.machine.hostops import HostOp
@@ -32,6 +33,7 @@ def platform_of(scenario: Scenario) -> Platform:
         memlock_pages=None if kvm.memlock_unlimited else kvm.memlock_pages,
         guest_memfd=kvm.guest_memfd,
         paravirtual_guest=guest.paravirtual,
+        physical_addressing=Feature.NVM in features_of(cpu.spe_version, cpu.features),
         numa_balancing=bool(ops & {HostOp.NUMA_SCAN, HostOp.NUMA_MIGRATE}),
         ksm=HostOp.KSM in ops,
     )
@@ -64,11 +66,15 @@ def why_unsupported(manager: Any, scenario: Scenario, name: str) -> str | None:
     return reason
 
 
+def _with_physical_addressing(features: tuple[str, ...]) -> tuple[str, ...]:
+    return features if "nVM" in features else (*features, "nVM")
+
+
 def equipped(scenario: Scenario) -> Scenario:
     """Return *scenario* on a machine with every optional feature that a policy may ask for in `supports`."""
     return replace(
         scenario,
-        cpu=replace(scenario.cpu, fine_grained_traps=True),
-        guest=replace(scenario.guest, paravirtual=True),
+        cpu=replace(scenario.cpu, fine_grained_traps=True, features=_with_physical_addressing(scenario.cpu.features)),
+        guest=replace(scenario.guest, paravirtual=True, physical_buffer=True),
         kvm=replace(scenario.kvm, guest_memfd=True),
     )

@@ -269,6 +269,10 @@ class GuestSettings:
     paravirtual: bool = _flag(
         "the SPE driver tells KVM by a hypercall which buffer it is about to use", "paravirtual", "kvm.md 2.2, P11"
     )
+    physical_buffer: bool = _flag(
+        "the SPE driver gives the SPU physical addresses of a contiguous ring (PMBLIMITR_EL1.nVM), where "
+        "PMBIDR_EL1.AddrMode offers that", "physical_buffer", "spe.md 1.6, rule 50; kvm.md 2.2, P13",
+    )  # fmt: skip
     renew: str = _duration(
         "mean time between perf sessions, each with new AUX pages behind the same VA", "1ms", MEAN, "renew_ps",
         "kvm.md 4.1 G2", zero="never",

@@ -59,12 +59,11 @@ RULES: dict[int, str] = {
     47: "profiling exceptions take the place of PMBIRQ",
     48: "PSB CSYNC and DSB",
     49: "the drain",
+    50: "FEAT_SPE_nVM: pointers are physical, stage 1 is off for the SPU only",
+    51: "with FEAT_SPE_nVM a host pins [PTR, LIMIT) without a walk",
 }
 
 OUT_OF_SCOPE: dict[int, str] = {
     18: "registers redirected to memory by FEAT_NV2: the guests modelled run no hypervisor of their own",
-    50: "FEAT_SPE_nVM translations: no guest driver known sets PMBLIMITR_EL1.nVM (Linux 6.18), so no run would use "
-    "them; the register field and its existence by feature are in spepolicy.arch.registers",
-    51: "FEAT_SPE_nVM as a policy for KVM: follows from rule 50",
 }
 """Rule -> reason."""

@@ -147,6 +147,9 @@ class _Kit:
     def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool, one_range: bool) -> Ints:
         return toolbox.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables), int(one_range))
 
+    def list_physical(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints) -> Ints:
+        return toolbox.list_physical(self._m, lanes, vcpus, lo, hi)
+
     def pin_fresh(self, lanes: Ints, vcpus: Ints, ignore_limit: bool) -> Ints:
         return toolbox.pin_fresh(self._m, lanes, vcpus, int(ignore_limit))
 
@@ -229,6 +232,7 @@ def behaviour_of(policy: object, manager: Any) -> Behaviour:
     traps = manager.hook.traps()
     keep = manager.hook.notifier_filter()
     virtualized = manager.hook.virtualization()
+    physical = manager.hook.physical_addressing()
     traps = Trap.NONE if traps is None else traps
     if not isinstance(traps, Trap):
         raise HookError(
@@ -254,6 +258,10 @@ def behaviour_of(policy: object, manager: Any) -> Behaviour:
         raise HookError(
             f"policy '{_name(policy)}': virtualization() returned {virtualized!r}. Rule: True, False or None."
         )
+    if physical not in (None, True, False):
+        raise HookError(
+            f"policy '{_name(policy)}': physical_addressing() returned {physical!r}. Rule: True, False or None."
+        )
     return Behaviour(
         virtualized=virtualized is not False,
         trap_pmb=bool(traps & Trap.PMB) or owner == Ownership.KVM,
@@ -261,6 +269,7 @@ def behaviour_of(policy: object, manager: Any) -> Behaviour:
         notifier_filter=int(keep or 0),
         hidden=owner == Ownership.NOBODY,
         own_buffer=owner == Ownership.KVM,
+        physical=physical is True,
         hooks=0 if owner == Ownership.NOBODY else hooks,
     )
 
@@ -530,6 +539,7 @@ def compile_machine(say: Callable[[str], None]) -> None:
     start_lanes(handle, none)
     run_lanes(handle, none)
     toolbox.walk_stage1(handle, none, none, none, none, 0, 0)
+    toolbox.list_physical(handle, none, none, none, none)
     toolbox.pin_fresh(handle, none, none, 0)
     for tool in (
         toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current, toolbox.keep_previous, toolbox.release_idle,

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from spepolicy.jit import inline, jit
 from spepolicy.machine.hostpage import FRAME, KSM_FRAME, PRESENT, ZERO_FRAME
-from spepolicy.machine.misbehave import STRAY
 from spepolicy.machine.rows import params
-from spepolicy.machine.state import VCPU, Machine
+from spepolicy.machine.state import STRAY, VCPU, Machine
 from spepolicy.mmu.tables import S2_LEAF
 from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID
 

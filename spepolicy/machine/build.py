@@ -46,6 +46,7 @@ class Behaviour:
     trap_pms: bool = False
     hidden: bool = False  # the guest has no SPE
     own_buffer: bool = False  # KVM owns the buffer, E2PB=0b00
+    physical: bool = False  # PMSCR_EL2.EnVM: the guest may set PMBLIMITR_EL1.nVM
     notifier_filter: int = 0  # mask of mmu_notifier_event
     hooks: int = 0  # 1 << Hook for each hook that is implemented
 
@@ -88,6 +89,11 @@ def _fill_parameters(m: Machine, lanes: slice, scenario: Scenario, behaviour: Be
         "hidden": behaviour.virtualized and behaviour.hidden,
         "own_buffer": behaviour.virtualized and behaviour.own_buffer,
         "hooks": behaviour.hooks if behaviour.virtualized else 0,
+        # PMBIDR_EL1.AddrMode=1 says so to the guest; where EL1 is the host's EL2 EnVM is taken as 1 (spe.md 1.3, 1.9).
+        "physical": guest.physical_buffer
+        and Feature.NVM in features
+        and (behaviour.physical or not behaviour.virtualized)
+        and not (behaviour.own_buffer or behaviour.hidden),
         "notifier_filter": behaviour.notifier_filter,
         # On bare metal the host is the guest: nothing happens behind its back.
         "host_kind": int(host.kind) if behaviour.virtualized else int(HostKind.SILENT),
@@ -258,7 +264,7 @@ def allocate(scenario: Scenario, behaviour: Behaviour, lanes: int, log_rows: int
     m = Machine(
         par=lane_array(dtype=PARAMS),
         vm=lane_array(dtype=VM),
-        regime=lane_array(3, dtype=STAGE),
+        regime=lane_array(4, dtype=STAGE),
         walk=lane_array(dtype=STATE),
         vcpu=lane_array(vcpus, dtype=VCPU),
         truth=lane_array(vcpus, dtype=TRUTH),

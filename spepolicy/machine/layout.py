@@ -1,7 +1,8 @@
 """A lane's memory at the start: guest RAM, scattered AUX pages, stage 1 tables that reach them, KVM's stage 2 tables.
 
 Guest pages are handed out in the order of a bijection of [0, ram_pages): stage 1 tables first, then the AUX pages of
-each vCPU. So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it.
+each vCPU. So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it. A driver
+that gives the SPU physical addresses (FEAT_SPE_nVM) allocates it contiguous and aligned to its size instead.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def scatter(par: Any, index: int) -> int:
     two.
     """
     mask = par.ram_pages - 1
+    if par.physical != 0:
+        return (index + par.scatter_c * par.buffer_pages) & mask
     x = (index * par.scatter_a) & mask
     x ^= x >> 7
     return (x * par.scatter_b + par.scatter_c) & mask
@@ -87,15 +90,34 @@ def scatter(par: Any, index: int) -> int:
 def guest_page(par: Any, k: int, generation: int, n: int) -> int:
     """Return the guest page behind page *n* of vCPU *k*'s AUX buffer in its *generation*-th perf session."""
     per_generation = par.vcpus * par.buffer_pages
-    generations = (par.ram_pages - par.guest_tables) // per_generation
-    base = par.guest_tables + (generation % generations) * per_generation
+    tables = _table_pages(par)
+    generations = (par.ram_pages - tables) // per_generation
+    base = tables + (generation % generations) * per_generation
     return scatter(par, base + k * par.buffer_pages + n)
+
+
+@jit
+def _table_pages(par: Any) -> int:
+    """Return how many pages of the allocation order come before the first ring, which may have to be aligned."""
+    if par.physical == 0:
+        return par.guest_tables
+    return (par.guest_tables + par.buffer_pages - 1) & ~(par.buffer_pages - 1)
+
+
+@jit
+def ring_base(par: Any, v: Any, k: int) -> int:
+    """Return the address of vCPU *k*'s AUX ring that its driver gives to the SPU: a VA, or with PMBLIMITR_EL1.nVM an
+    IPA.
+    """
+    if par.physical == 0:
+        return v.buffer_va
+    return (par.ram_page0 + guest_page(par, k, v.buffer_generation, 0)) << 12
 
 
 @jit
 def reserve_generations(par: Any) -> int:
     """Return how many other pages there are for each page of a buffer: those of the sessions to come."""
-    return (par.ram_pages - par.guest_tables) // (par.vcpus * par.buffer_pages) - 1
+    return (par.ram_pages - _table_pages(par)) // (par.vcpus * par.buffer_pages) - 1
 
 
 @jit
@@ -215,6 +237,7 @@ def build_memory(m: Machine, i: int) -> None:
     for k in range(par.vcpus):
         v = vcpu_row(m, i, k)
         v.buffer_va = BUFFER_VA0 + (k << BUFFER_WINDOW_SHIFT)
+        v.buffer_base = ring_base(par, v, k)
         for n in range(par.buffer_pages):
             page = guest_page(par, k, 0, n)
             _map_stage1(m, i, v.buffer_va + (n << 12), page)

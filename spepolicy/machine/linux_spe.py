@@ -15,6 +15,7 @@ from spepolicy.arch.registers import (
     EC_OTHER,
     PMBLIMITR_DISCARD,
     PMBLIMITR_E,
+    PMBLIMITR_NVM,
     PMBSR_COLL,
     PMBSR_DL,
     PMBSR_EC_MASK,
@@ -34,7 +35,7 @@ from spepolicy.arch.registers import (
 from spepolicy.jit import jit
 from spepolicy.machine.host import DEFERRED, ROLE_BUFFER, ROLE_MASK, ROLE_SHIFT, cpu_touch
 from spepolicy.machine.kvm import access
-from spepolicy.machine.layout import guest_page
+from spepolicy.machine.layout import guest_page, ring_base
 from spepolicy.machine.pagetables import va_leaf
 from spepolicy.machine.rows import (
     host_page,
@@ -219,12 +220,12 @@ def output_begin(m: Machine, i: int, k: int) -> None:
         return
     tr.sessions += 1
     v.handle_head = v.aux_head
-    write_pointer(par, v, v.buffer_va + head)
-    write_limit(par, v, (v.buffer_va + limit) | PMBLIMITR_E)
+    write_pointer(par, v, v.buffer_base + head)
+    write_limit(par, v, (v.buffer_base + limit) | PMBLIMITR_E | (PMBLIMITR_NVM if par.physical != 0 else 0))
     log(m, i, k, AUX_BEGIN, ZERO, v.aux_head, v.aux_head + limit - head)
     log(m, i, k, REGISTER, REG_PMBPTR, read_pointer(par, v), ZERO)
     log(m, i, k, REGISTER, REG_PMBLIMITR, read_limit(par, v), ZERO)
-    access(m, i, k, 2, 0)
+    access(m, i, k, 2 + par.physical, 0)  # PMBMAR_EL1 too: Normal Write-Back, as the kernel maps the ring
 
 
 @jit
@@ -298,7 +299,7 @@ def collect(m: Machine, i: int, k: int, syndrome: int) -> bool:
     par = params(m, i)
     mask = (par.buffer_pages << 12) - 1
     # PTR - head: on a fault in the middle of a record the partial bytes are handed over too.
-    size = (read_pointer(par, v) - v.buffer_va) - (v.handle_head & mask)
+    size = (read_pointer(par, v) - v.buffer_base) - (v.handle_head & mask)
     output_end(m, i, k, min(max(size, 0), mask + 1 - (v.handle_head & mask)))  # a forged PMBPTR hands over nothing more
     full = (syndrome & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_OTHER and syndrome & 0x3F == BSC_FULL
     return not full
@@ -435,6 +436,7 @@ def renew_buffer(m: Machine, i: int, k: int) -> None:
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
     v.buffer_generation += 1
+    v.buffer_base = ring_base(par, v, k)
     log(m, i, k, RENEWED, ZERO, v.buffer_generation, ZERO)
     for n in range(par.buffer_pages):
         va = v.buffer_va + (n << 12)

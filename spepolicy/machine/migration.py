@@ -145,10 +145,13 @@ def _note_page_in_use(m: Machine, i: int, k: int) -> None:
     v = vcpu_row(m, i, k)
     if v.tlb_page == -1 or v.pmblimitr & PMBLIMITR_E == 0:
         return
-    slot, entry, _reads = va_leaf(m, i, v.tlb_page << 12)
-    if slot < 0:
-        return
-    page = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - params(m, i).ram_page0
+    if params(m, i).physical != 0:
+        page = v.tlb_page - params(m, i).ram_page0
+    else:
+        slot, entry, _reads = va_leaf(m, i, v.tlb_page << 12)
+        if slot < 0:
+            return
+        page = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - params(m, i).ram_page0
     if 0 <= page < params(m, i).ram_pages:
         dirty(m, i)[page] |= WROTE
 
@@ -355,11 +358,13 @@ def prefault(m: Machine, i: int, k: int) -> int:
     for table in range(par.guest_tables):
         cost += _map_if_table(m, i, table)
     for n in range(v.pmbptr >> 12, (v.pmblimitr & PMBLIMITR_LIMIT) >> 12):
-        slot, entry, reads = va_leaf(m, i, n << 12)
-        cost += reads * par.walk_read_ps
-        if slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
-            continue
-        page = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
+        page = n - par.ram_page0
+        if par.physical == 0:
+            slot, entry, reads = va_leaf(m, i, n << 12)
+            cost += reads * par.walk_read_ps
+            if slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
+                continue
+            page = ((pool(m, i)[slot, entry] & OA_MASK) >> 12) - par.ram_page0
         if 0 <= page < par.ram_pages:
             cost += max(map_page(m, i, page, 1), 0) + par.map_page_ps
     return cost

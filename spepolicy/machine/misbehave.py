@@ -56,7 +56,7 @@ from spepolicy.machine.rows import (
 from spepolicy.machine.scenario import GuestDriver
 from spepolicy.machine.shadow import read_limit, read_pointer, write_pointer
 from spepolicy.machine.spu import hold_counter, profiling_enabled
-from spepolicy.machine.state import NEVER, LostCause, Machine, Segment
+from spepolicy.machine.state import NEVER, STRAY, LostCause, Machine, Segment
 from spepolicy.machine.trace import GUEST_ACT, log
 from spepolicy.mmu.memory import attach, detach, find
 from spepolicy.mmu.regime import UPPER
@@ -76,7 +76,6 @@ _WINDOWS = int(GuestDriver.WINDOWS)
 
 # Columns of Machine.act.
 _ACT, _EVERY, _AT, _MOMENT, _TLBI, _PAGES = range(6)
-STRAY = 2  # flag of an SPU TLB entry, beside 1 for silent divergence: the guest's tables no longer say the same
 
 
 # ---- translations ----------------------------------------------------------------------------------------------------
@@ -88,20 +87,24 @@ def _offset(m: Machine, i: int, k: int) -> int:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     enabled = read_limit(par, v) & PMBLIMITR_E != 0
-    head = read_pointer(par, v) - v.buffer_va if enabled else v.aux_head
+    head = read_pointer(par, v) - v.buffer_base if enabled else v.aux_head
     return head & ((par.buffer_pages << 12) - 1) & ~0xFFF
 
 
 @jit
 def _translation_changed(m: Machine, i: int, va: int, pages: int, tlbi: int) -> None:
-    """TLBI VAAE1IS for *pages* pages from *va*; or none, and the SPUs go on with what their TLBs hold."""
-    first = va >> 12
+    """TLBI VAAE1IS for *pages* pages from *va*; or none, and the SPUs go on with what their TLBs hold.
+
+    With PMBLIMITR_EL1.nVM stage 1 does not count: the SPU goes on to the pages that its registers name.
+    """
+    physical = params(m, i).physical
     for k in range(params(m, i).vcpus):
         v = vcpu_row(m, i, k)
         entries = tlb(m, i, k)
+        first = (va + (v.buffer_base - v.buffer_va)) >> 12
         for e in range(entries.shape[0]):
             if entries[e, 0] != -1 and first <= entries[e, 0] < first + pages:
-                if tlbi == 0:
+                if tlbi == 0 or physical != 0:
                     entries[e, 3] |= STRAY
                     if entries[e, 0] == v.tlb_page:
                         truth_row(m, i, k).diverged_now = entries[e, 3]

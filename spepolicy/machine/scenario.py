@@ -188,6 +188,7 @@ class Guest:
     reader_latency_ps: int = 200_000_000  # AUX wakeup until perf has the data
     reader_bytes_per_us: int = 1000  # perf copies the AUX data to its file at this rate
     paravirtual: bool = False  # the SPE driver tells KVM by a hypercall which buffer it is about to use
+    physical_buffer: bool = False  # its driver uses PMBLIMITR_EL1.nVM, and a contiguous ring, where that is offered
     renew_ps: int = 0  # mean guest time between perf sessions: a new one has new AUX pages behind the same VA; 0: never
     # What the guest does that it should not, of each vCPU: (GuestAct, mean interval in ps of guest time or 0, guest
     # time in ps at which it happens once or 0, Moment, 1 with a TLBI, pages)

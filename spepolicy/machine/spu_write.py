@@ -13,6 +13,7 @@ from spepolicy.arch.registers import (
     PMBLIMITR_DISCARD,
     PMBLIMITR_FM,
     PMBLIMITR_LIMIT,
+    PMBLIMITR_NVM,
     PMBSR_EC_SHIFT,
     PMSFCR_FDS,
     PMSFCR_FE,
@@ -36,6 +37,7 @@ from spepolicy.machine.host import (
     SKIPPED,
     has_diverged,
 )
+from spepolicy.machine.pagetables import va_leaf
 from spepolicy.machine.rows import (
     dirty,
     frames,
@@ -66,10 +68,10 @@ from spepolicy.machine.spu_events import (
     not_allowed,
     stop,
 )
-from spepolicy.machine.state import LostCause, Machine
+from spepolicy.machine.state import DIVERGED, STRAY, LostCause, Machine
 from spepolicy.machine.trace import DROPPED, FILTERED, WRITTEN, ZERO, latencies, log_at
 from spepolicy.mmu.memory import NO_ZERO_RANGES
-from spepolicy.mmu.walker import FSC_MASK, MARK_DIRTY, WRITE, translate
+from spepolicy.mmu.walker import FSC_MASK, MARK_DIRTY, OA_MASK, PHYSICAL, VALID, WRITE, translate
 
 _FULL = int(LostCause.BUFFER_FULL)
 _GUEST_ERROR = int(LostCause.GUEST_ERROR)
@@ -136,6 +138,9 @@ def rejected(v: Any, kind: int, events: int, latency: int) -> bool:
 def find_page(m: Machine, i: int, k: int, va: int) -> int:
     """Make the page of *va* the one in v.tlb_page, walking on a TLB miss. Return 0, the walk's status, or
     FSC_EXTERNAL_ABORT where no memory is.
+
+    With PMBLIMITR_EL1.nVM, which the guest sets only where PMSCR_EL2.EnVM lets it, *va* is an IPA, or a PA where there
+    is no stage 2, and stage 1 is off for the SPU (rule 50).
     """
     par = params(m, i)
     v = vcpu_row(m, i, k)
@@ -149,7 +154,9 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
     if tlb(m, i, k)[e, 0] != page:
         # Privileged even at EL0, and PAN does not count (rule 30).
         w = walk_row(m, i)
-        translate(frames(m, i), pool(m, i), NO_ZERO_RANGES, stages(m, i), w, va, WRITE | MARK_DIRTY)
+        physical = v.pmblimitr & PMBLIMITR_NVM
+        access = WRITE | MARK_DIRTY | (PHYSICAL if physical != 0 else 0)
+        translate(frames(m, i), pool(m, i), NO_ZERO_RANGES, stages(m, i), w, va, access)
         tr.walks += 1
         tr.walk_reads += w.reads
         pa = w.pa
@@ -166,14 +173,25 @@ def find_page(m: Machine, i: int, k: int, va: int) -> int:
         tlb(m, i, k)[e, 1] = pa >> 12
         tlb(m, i, k)[e, 2] = ipa >> 12
         backing = host_page(m, i)[guest_page]
-        diverged = 1 if has_diverged(backing, pa >> 12) else 0
+        diverged = DIVERGED if has_diverged(backing, pa >> 12) else 0
+        if physical != 0 and _behind_ring(m, i, v, va) != ipa >> 12:
+            diverged |= STRAY
         tlb(m, i, k)[e, 3] = diverged
-        tr.diverged_pages += diverged
+        tr.diverged_pages += diverged & DIVERGED
     if par.migration_kind != 0:
         dirty(m, i)[tlb(m, i, k)[e, 2] - par.ram_page0] |= WROTE
     tr.diverged_now = tlb(m, i, k)[e, 3]
     v.tlb_page = page
     return 0
+
+
+@jit
+def _behind_ring(m: Machine, i: int, v: Any, address: int) -> int:
+    """Return the IPA page in which the guest's CPU will look for what the SPU writes to the physical *address*."""
+    slot, entry, _reads = va_leaf(m, i, v.buffer_va + (address - v.buffer_base))
+    if slot < 0 or pool(m, i)[slot, entry] & VALID == 0:
+        return -1
+    return (pool(m, i)[slot, entry] & OA_MASK) >> 12
 
 
 @jit

@@ -17,6 +17,9 @@ Ints = NDArray[np.int64]
 
 NEVER = 1 << 62  # ps, a time that does not come
 LOST_CAUSES = 12
+# Flags of an SPU TLB entry.
+DIVERGED = 1  # stage 2 has another page than the VMM's address shows
+STRAY = 2  # the guest's own tables no longer say the same
 WINDOW_LOG = 128
 
 # PARAMS: constants of a lane, from `spepolicy.machine.scenario`; same names, same units.
@@ -92,6 +95,7 @@ _PARAMS = [
     "fine_grained_traps",
     "own_buffer",
     "paravirtual",
+    "physical",
     "bug",
     "bug_rate_q16",
     "hooks",
@@ -281,6 +285,7 @@ aux_flags           flags of the open handle, PERF_AUX_FLAG_*
 handle_head         aux_head at which the handle was opened
 handle_wakeup       aux_head at which perf is due to be woken next
 buffer_va           VA of the AUX ring
+buffer_base         its address as the driver gives it to the SPU: buffer_va, or its IPA with PMBLIMITR_EL1.nVM
 buffer_generation   which set of IPA pages stands behind it
 pin_count           pages in the list of pins, the current set
 pin_fresh           pages in the list under construction
@@ -457,7 +462,7 @@ class Machine(NamedTuple):
 
     par: NDArray[np.void]  # PARAMS[N]
     vm: NDArray[np.void]  # VM[N]
-    regime: NDArray[np.void]  # spepolicy.mmu.regime.STAGE[N, 3]: what the translation registers of the lane say
+    regime: NDArray[np.void]  # spepolicy.mmu.regime.STAGE[N, 4]: what the translation registers of the lane say
     walk: NDArray[np.void]  # spepolicy.mmu.walker.STATE[N]: the walk that an SPU of the lane did last
     vcpu: NDArray[np.void]  # VCPU[N, V]
     truth: NDArray[np.void]  # TRUTH[N, V]

@@ -16,9 +16,11 @@ from spepolicy.arch.registers import (
     BSC_TOO_LARGE,
     EC_IMPDEF,
     EC_STAGE1,
+    FSC_ADDRESS_SIZE,
     FSC_EXTERNAL_ABORT,
     FSC_TRANSLATION,
     PMBLIMITR_E,
+    PMBLIMITR_NVM,
     PMBSR_COLL,
     PMBSR_DL,
     PMBSR_EA,
@@ -183,6 +185,32 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         v.walk_status = status[n] & (FSC_MASK | STAGE1)
         log(m, i, k, WALKED, v.walk_status, count, ZERO)
         charge(m, i, k, reads * par.walk_read_ps)
+    return status
+
+
+@entry
+def list_physical(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints) -> Ints:
+    """List the guest pages of the IPA range [lo, hi): with PMBLIMITR_EL1.nVM there is nothing to walk (spe.md rule 51).
+    Return 0, or a status where the range is not all of it in the VM's memory.
+    """
+    status = np.zeros(lanes.shape[0], dtype=np.int64)
+    for n in range(lanes.shape[0]):
+        par = params(m, lanes[n])
+        v = vcpu_row(m, lanes[n], vcpus[n])
+        fresh = pins(m, lanes[n], vcpus[n])[1 - v.pin_list]
+        first = (lo[n] >> 12) - par.ram_page0
+        end = ((hi[n] + 0xFFF) >> 12) - par.ram_page0
+        if first < 0 or end > par.ram_pages:
+            status[n] = STAGE1 | FSC_ADDRESS_SIZE
+            end = first
+        count = min(max(end - first, 0), fresh.shape[0])
+        for p in range(count):
+            fresh[p] = first + p
+        v.pin_fresh = count
+        v.walk_lo = lo[n]
+        v.walk_hi = lo[n] + (count << 12)
+        v.walk_status = status[n]
+        log(m, lanes[n], vcpus[n], WALKED, v.walk_status, count, ZERO)
     return status
 
 
@@ -382,9 +410,11 @@ def look(m: Machine, lanes: Ints, vcpus: Ints) -> Ints:
         par = params(m, i)
         va = v.pmbptr
         bits = LOOK_IN_RANGE if v.pin_count != 0 and v.pin_lo <= va < v.pin_hi else 0
-        address = vm_row(m, i).ttbr1 & OA_MASK
+        # With PMBLIMITR_EL1.nVM there is no table on the way.
+        physical = v.pmblimitr & PMBLIMITR_NVM != 0
+        address = (va if physical else vm_row(m, i).ttbr1) & OA_MASK
         reads = 0
-        for level in range(5):
+        for level in range(4 if physical else 0, 5):
             page = (address >> 12) - par.ram_page0
             if page < 0 or page >= par.ram_pages:
                 break

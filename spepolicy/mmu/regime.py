@@ -17,6 +17,7 @@ import numpy as np
 from spepolicy.jit import lean
 
 LOWER, UPPER, SECOND = range(3)
+FLAT = 3  # where an agent may bypass stage 1 (FEAT_SPE_nVM): a row of stage 1 that is off, all zero
 PA_BITS = 48  # PARange: the physical address size that is implemented
 
 _STAGE = """

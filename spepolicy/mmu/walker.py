@@ -26,7 +26,7 @@ from spepolicy.arch.registers import (
 )
 from spepolicy.jit import cell, inline, lean, prefetch, row
 from spepolicy.mmu.memory import find, reads_as_zero
-from spepolicy.mmu.regime import PA_BITS, SECOND
+from spepolicy.mmu.regime import FLAT, PA_BITS, SECOND
 
 Ints = NDArray[np.int64]
 Slots = NDArray[np.int32]
@@ -43,6 +43,7 @@ USER = 2  # by EL0
 PAN = 4  # PSTATE.PAN counts
 MARK_DIRTY = 8  # hardware dirty state is written; an AT instruction only assumes it
 INTERMEDIATE = 16  # stop at the output of stage 1
+PHYSICAL = 32  # stage 1 is bypassed, as by PMBLIMITR_EL1.nVM (spe.md rule 50); needs the row FLAT
 
 # Descriptors
 VALID = 1
@@ -368,10 +369,11 @@ def _read_stage1(pool: Ints, s: Any, second: Any, w: Any, slot: int, entry: int)
 
 @lean
 def translate(frames: Ints, pool: Ints, zero: Ints, stages: Any, w: Any, va: int, access: int) -> None:
-    """Translate *va* through both stages of the regime *stages* (STAGE[3]) in the memory of the first four arguments
-    (`spepolicy.mmu.memory`). *w*, a row of STATE, holds the result. Descriptors change where hardware manages flags.
+    """Translate *va* through both stages of the regime *stages* (STAGE[3], or STAGE[4] for PHYSICAL) in the memory of
+    the first four arguments (`spepolicy.mmu.memory`). *w*, a row of STATE, holds the result. Descriptors change where
+    hardware manages flags.
     """
-    s = row(stages, (va >> 55) & 1)
+    s = row(stages, FLAT if access & PHYSICAL != 0 else (va >> 55) & 1)
     second = row(stages, SECOND)
     begin(frames, pool, s, second, w, va, access)
     while w.turn != DONE:

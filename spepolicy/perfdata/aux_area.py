@@ -118,7 +118,8 @@ def aux_area(log: LaneLog, samples: NDArray[Any], k: int, tid: int | None) -> Au
     # In a session the SPU writes from the head's place in the ring on, without wrapping.
     heads = rows["a"][session].astype(np.int64)
     ring = scenario.guest.buffer_pages << 12
-    offset = rows["a"][ends].astype(np.int64) - int(log.result.vcpu["buffer_va"][0, k])
+    # A ring whose physical address the SPU has is aligned to its size, so that this holds for those before it, too.
+    offset = (rows["a"][ends].astype(np.int64) - int(log.result.vcpu["buffer_base"][0, k])) % ring
     written = rows["kind"][ends] == LogKind.WRITTEN
     sizes = np.where(written, rows["detail"][ends], 0).astype(np.int64)
     if len(ends) and rows["a"][ends].astype(np.int64).max() >= OWN_VA:
@@ -197,7 +198,7 @@ def _open_handle(log: LaneLog, rows: NDArray[Any], k: int) -> NDArray[Any]:
     pointer = int(vcpu["pmbptr"])
     if vcpu["own_from"]:  # KVM's own buffer: its bytes are copied to the guest's when the guest closes the handle
         pointer += int(vcpu["shadow_ptr"]) - int(vcpu["own_from"])
-    size = pointer - int(vcpu["buffer_va"]) - head % ring
+    size = pointer - int(vcpu["buffer_base"]) - head % ring
     return np.array([(_end_ps(log, k), head, size, flags)], HANDLE)
 
 
