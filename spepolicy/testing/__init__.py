@@ -22,6 +22,6 @@ no longer happens.
 from __future__ import annotations
 
 from spepolicy.testing.checking import Outcome, check_policy
-from spepolicy.testing.checks import CHECKS, Check, CheckFailed
+from spepolicy.testing.registry import CHECKS, Check, CheckFailed
 
 __all__ = ["CHECKS", "Check", "CheckFailed", "Outcome", "check_policy"]

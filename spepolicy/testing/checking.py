@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spepolicy.errors import ConfigurationError, nearest
-from spepolicy.testing.checks import CHECKS, CheckFailed
+from spepolicy.testing import catalogue_check, checks, lives
+from spepolicy.testing.registry import CHECKS, CheckFailed
 from spepolicy.testing.subject import Subject
 
 __all__ = ["Outcome", "check_policy", "require_known"]
+
+_SOURCES = (checks, lives, catalogue_check)  # importing them fills CHECKS, in this order
 
 
 @dataclass(frozen=True)

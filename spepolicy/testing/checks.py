@@ -1,7 +1,5 @@
-"""The checks of the kit. Each takes a `Subject`, and raises CheckFailed with the cause and the likely fix.
-
-`CHECKS` has them by id, in the order in which they run. Where the contract itself is broken, the later ones make no
-sense: `Check.needs` names what has to pass before.
+"""Checks of the contract, of reproducibility, and of behaviour in the scenes of the kit. Each takes a `Subject`, and
+raises CheckFailed with the cause and the likely fix.
 """
 
 from __future__ import annotations
@@ -9,53 +7,24 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 
 from spepolicy.errors import HookError, PluginError
 from spepolicy.judge.errata import Erratum
 from spepolicy.testing.hidden import with_garbage_for_truth
+from spepolicy.testing.registry import CheckFailed, check
 from spepolicy.testing.subject import LANES, Subject, differences
-
-__all__ = ["CHECKS", "Check", "CheckFailed"]
 
 EXTERNAL_ABORT_ENDS = 4  # PMSVer of SPEv1p3, from which on a buffer write reports no external abort (spe.md 2.6)
 DOCSTRING_PARTS = ("Mechanism", "Source", "Needs", "Costs", "Fails")
 
 
-class CheckFailed(AssertionError):
-    """A policy does not do what a check asks for. The message says what, where, and the likely fix."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check."""
-
-    id: str
-    summary: str
-    run: Callable[[Subject], None]
-    needs: tuple[str, ...]
-
-
-CHECKS: dict[str, Check] = {}
-
-
-def _check(*needs: str) -> Callable[[Callable[[Subject], None]], Callable[[Subject], None]]:
-    def register(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
-        name = function.__name__.strip("_")
-        summary = (function.__doc__ or "").strip().partition("\n")[0]
-        CHECKS[name] = Check(name, summary, function, needs)
-        return function
-
-    return register
-
-
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
 
-@_check()
+@check()
 def _contract(subject: Subject) -> None:
     """Hooks exist and take their arguments; the class is a dataclass with a docstring; State is a structured dtype."""
     try:
@@ -64,7 +33,7 @@ def _contract(subject: Subject) -> None:
         raise CheckFailed(str(error)) from None
 
 
-@_check("contract")
+@check("contract")
 def _docstring(subject: Subject) -> None:
     """The docstring says mechanism, source, needs, costs and failures."""
     text = type(subject.policy).__doc__ or ""
@@ -76,7 +45,7 @@ def _docstring(subject: Subject) -> None:
         )
 
 
-@_check("contract")
+@check("contract")
 def _fields(subject: Subject) -> None:
     """Every field says what it does, numbers with a unit or a range."""
     assert is_dataclass(subject.policy)
@@ -95,7 +64,7 @@ def _fields(subject: Subject) -> None:
                 )
 
 
-@_check("contract")
+@check("contract")
 def _state(subject: Subject) -> None:
     """What the policy remembers is plain numbers, so that a lane can be copied, moved and compared."""
     state: np.dtype[np.void] = getattr(subject.policy, "State", None) or np.dtype([])
@@ -116,7 +85,7 @@ def _state(subject: Subject) -> None:
         raise CheckFailed("the policy is another after pickling. Remedy: keep nothing in it but its dataclass fields.")
 
 
-@_check("contract")
+@check("contract")
 def _hooks_run(subject: Subject) -> None:
     """Every hook runs in every scene, passes arrays of the right shape and dtype, and answers every fault."""
     if not subject.scenes:
@@ -129,7 +98,7 @@ def _hooks_run(subject: Subject) -> None:
             raise CheckFailed(f"in the scene '{name}': {error}") from None
 
 
-@_check("contract")
+@check("contract")
 def _errata_hook(subject: Subject) -> None:
     """The errata hook, if there is one, returns complete Erratum records with ids of their own."""
     hook = getattr(subject.policy, "errata", None)
@@ -154,7 +123,7 @@ def _errata_hook(subject: Subject) -> None:
 # ---- reproducible ----------------------------------------------------------------------------------------------------
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _determinism(subject: Subject) -> None:
     """Two runs are equal to the bit, with the same instance and with a fresh one."""
     before = copy.deepcopy(vars(subject.policy))
@@ -176,7 +145,7 @@ def _determinism(subject: Subject) -> None:
         raise CheckFailed("hooks changed the instance's attributes. Remedy: declare State and use vcpus.state.")
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _batch_independence(subject: Subject) -> None:
     """A lane's result does not depend on the lanes beside it, nor on their order."""
     for name in subject.some("busy", "scans"):
@@ -192,7 +161,7 @@ def _batch_independence(subject: Subject) -> None:
                 )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _no_ground_truth(subject: Subject) -> None:
     """Decisions stay the same when what only the judge knows is turned into garbage while hooks run."""
     for name in subject.some("busy", "scans", "cut records"):
@@ -209,7 +178,7 @@ def _no_ground_truth(subject: Subject) -> None:
 # ---- behaviour -------------------------------------------------------------------------------------------------------
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _conservation(subject: Subject) -> None:
     """Every selected sample ends in exactly one way, in every lane."""
     for name in subject.scenes:
@@ -223,7 +192,7 @@ def _conservation(subject: Subject) -> None:
             )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _pins_end_with_the_vm(subject: Subject) -> None:
     """No page is pinned when the VM is gone."""
     for name in subject.scenes:
@@ -235,7 +204,7 @@ def _pins_end_with_the_vm(subject: Subject) -> None:
             )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _pins_end_with_the_session(subject: Subject) -> None:
     """What is pinned does not grow with the number of sessions."""
     if "new buffers" not in subject.scenes:
@@ -252,7 +221,7 @@ def _pins_end_with_the_session(subject: Subject) -> None:
         )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _memlock(subject: Subject) -> None:
     """Pinned memory stays within RLIMIT_MEMLOCK."""
     for name in subject.scenes:
@@ -267,7 +236,7 @@ def _memlock(subject: Subject) -> None:
             )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _allowed_events(subject: Subject) -> None:
     """The guest is told nothing that its SPE version does not allow."""
     name = next(iter(subject.some("scans", "quiet")))
@@ -283,7 +252,7 @@ def _allowed_events(subject: Subject) -> None:
             )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _no_silent_cut(subject: Subject) -> None:
     """A fault that cut a record is not hidden from the guest."""
     for name in subject.scenes:
@@ -295,7 +264,7 @@ def _no_silent_cut(subject: Subject) -> None:
             )
 
 
-@_check("hooks_run")
+@check("hooks_run")
 def _progress(subject: Subject) -> None:
     """Faults are repaired, not repeated: on a quiet host their number is bounded by the pages that there are."""
     for name in subject.some("quiet", "EL0 only"):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 
 from spepolicy.testing.checking import Outcome, check_policy
-from spepolicy.testing.checks import CHECKS
+from spepolicy.testing.registry import CHECKS
 
 __all__ = ["PolicyChecks"]
 

@@ -243,6 +243,44 @@ class OnlyResumes(Good):
         faults.resume()
 
 
+@dataclass
+class PinsTwiceAfterMigration(Good):
+    """It pins for the target, and forgets that a migration may be given up."""
+
+    __doc__ = Good.__doc__
+
+    @hookimpl
+    def migration_finished(self, vcpus: Vcpus) -> None:
+        enabled = vcpus.where(vcpus.pmblimitr & 1 != 0)
+        enabled.walk_stage1(enabled.buffer_lo, enabled.buffer_hi).ok.pin().ok.keep_previous()
+
+
+@dataclass
+class LetsGoAtDisable(Good):
+    """Each session ends with an unpin, as if every VM ended its sessions."""
+
+    __doc__ = Good.__doc__
+
+    @hookimpl
+    def buffer_disabled(self, vcpus: Vcpus) -> None:
+        vcpus.unpin()
+
+    @hookimpl
+    def vm_destroyed(self, vms: Vms) -> None:
+        pass
+
+
+@dataclass
+class BlindToTheVersion(Good):
+    """In no scene of the kit it faults where an external abort is forbidden; the catalogue has such a case."""
+
+    __doc__ = Good.__doc__
+
+    @hookimpl
+    def stage2_fault(self, faults: Vcpus) -> None:
+        faults.inject(Event.EXTERNAL_ABORT, data_loss=True)
+
+
 @pytest.mark.parametrize(
     ("policy", "check", "says"),
     [
@@ -264,6 +302,9 @@ class OnlyResumes(Good):
         (OldNews(), "allowed_events", "PMSVer=4"),
         (HidesTheCut(), "no_silent_cut", r"PMBSR_EL1.DL=1 were resumed"),
         (OnlyResumes(), "progress", r"resume\(\) without a mapping"),
+        (PinsTwiceAfterMigration(), "pins_survive_migration", r"after a migration that was given up.*unpin_previous"),
+        (LetsGoAtDisable(), "pins_end_at_death", "after the VMM was killed at"),
+        (BlindToTheVersion(), "catalogue", r"A7: tells external, which is forbidden.*task=catalogue"),
     ],
 )
 def test_each_check_catches_its_fault_by_name(policy: object, check: str, says: str) -> None:
