@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spepolicy.catalogue.answering import Answering
-from spepolicy.catalogue.case import BASE, DRIVERS, Case
+from spepolicy.catalogue.case import BASE, DRIVERS, Case, read_catalogue
 from spepolicy.catalogue.verdict import Seen, judge, observe
 from spepolicy.errors import ConfigurationError, SpePolicyError
 from spepolicy.machine.scenario import GuestDriver
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Machines, Result, Runner
     from spepolicy.machine.scenario import Scenario
 
-__all__ = ["Outcome", "run_catalogue", "scenarios_of"]
+__all__ = ["Outcome", "run_catalogue", "run_one_policy", "scenarios_of"]
 
 LANES = 3
 
@@ -130,6 +131,20 @@ def run_catalogue(
                 progress(n + 1, len(policies))
     place = {case.id: n for n, case in enumerate(cases)}
     return sorted(outcomes, key=lambda outcome: place[outcome.case])
+
+
+def run_one_policy(name: str, policy: object) -> list[Outcome]:
+    """Run the whole catalogue on *policy*. Verdicts are about the policy called *name*; where that is `UNKNOWN`,
+    disagreements are what the architecture forbids, and failures.
+    """
+    cases, scenarios = _whole_catalogue()
+    return _execute(_work_of(cases, scenarios, name, policy))
+
+
+@lru_cache(maxsize=1)
+def _whole_catalogue() -> tuple[list[Case], _Machinery]:
+    cases = read_catalogue()[0]
+    return cases, scenarios_of(cases)
 
 
 _Work = list[tuple[object, list[_Run]]]  # policies, each with what it has to run

@@ -12,8 +12,9 @@ from spepolicy.machine.state import LostCause
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Result
 
-__all__ = ["Seen", "judge", "observe"]
+__all__ = ["UNKNOWN", "Seen", "judge", "observe"]
 
+UNKNOWN = ""  # the name of a policy that no source has heard of: no verdict is about it
 _ORDINARY = (LostCause.BUFFER_FULL, LostCause.RING_FULL)
 
 
@@ -103,6 +104,8 @@ def judge(case: Case, policy: str, version: int, seen: Seen) -> tuple[tuple[str,
 
 
 def _verdict_on(case: Case, policy: str, version: int) -> Verdict | None:
+    if policy == UNKNOWN:
+        return None
     about = [verdict for verdict in case.verdicts if not verdict.versions or version in verdict.versions]
     named = [verdict for verdict in about if policy in verdict.policies]
     if named:

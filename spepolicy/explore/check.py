@@ -11,11 +11,10 @@ from spepolicy.explore.places import buffer_page, target_page
 from spepolicy.explore.properties import Kind
 from spepolicy.jit import jit
 from spepolicy.machine.hostpage import FRAME, PIN_MASK, SKIPPED
-from spepolicy.machine.misbehave import STRAY
 from spepolicy.machine.rows import dirty, host_page, params, tlb, truth_row, vcpu_row, vm_row, walk_row
 from spepolicy.machine.scenario import ABSENT
 from spepolicy.machine.spu import profiling_enabled
-from spepolicy.machine.state import Hook, LostCause, Machine
+from spepolicy.machine.state import STRAY, Hook, LostCause, Machine
 from spepolicy.mmu.walker import STAGE2
 
 Ints = NDArray[np.int64]

@@ -9,12 +9,14 @@ from spepolicy.testing.subject import Subject
 _SHOWN = 3  # disagreements that a message quotes
 
 
-def _installed_name(policy: object) -> str | None:
+def _name_for_verdicts(policy: object) -> str:
     """Return the name under which *policy* is installed, if it is, and has the defaults that verdicts are about."""
+    from spepolicy.catalogue.verdict import UNKNOWN
+
     for name, info in installed_policies().items():
-        if info.cls is type(policy):
-            return name if policy == info.cls() else None
-    return None
+        if info.cls is type(policy) and policy == info.cls():
+            return name
+    return UNKNOWN
 
 
 @check("hooks_run")
@@ -22,8 +24,7 @@ def _catalogue(subject: Subject) -> None:
     """In no case of the catalogue the policy does what the architecture forbids, or not what its verdict says."""
     from spepolicy.catalogue.run import run_one_policy
 
-    name = _installed_name(subject.policy)
-    outcomes = run_one_policy(name or subject.name, subject.policy, verdicts=name is not None)
+    outcomes = run_one_policy(_name_for_verdicts(subject.policy), subject.policy)
     wrong = [f"{outcome.case}: {text}" for outcome in outcomes for text in outcome.disagreements]
     if wrong:
         more = f", and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
