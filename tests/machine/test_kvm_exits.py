@@ -68,3 +68,12 @@ def test_what_changes_a_block_takes_all_of_its_pages_out_of_the_tlb(hit: int) ->
         bench.m.tlb[0, 0, slot] = (slot, 0, first + page, 0)
     bench.call("hostpage.age", 512 + 5, 512 + 6, 1)
     assert [int(row[0]) for row in bench.m.tlb[0, 0, :4]] == [0, -1, -1, -1]
+
+
+@pytest.mark.parametrize(("now", "diverged", "stray"), [(0, 0, 0), (1, 5, 0), (2, 0, 5), (3, 5, 5)])
+def test_records_in_the_buffer_are_booked_by_where_they_went(now: int, diverged: int, stray: int) -> None:
+    bench = Bench(virtualized=True)
+    bench.tr.diverged_now = now
+    module("machine.spu_write").book(bench.tr, 5)
+    booked = (bench.tr.written, bench.tr.pending, bench.tr.diverged_records, bench.tr.stray_records)
+    assert tuple(map(int, booked)) == (5, 5, diverged, stray)
