@@ -21,7 +21,8 @@ from simpy_model import run as run_simpy
 from table import Row, computer, print_table, say
 
 from spepolicy.config import register, to_scenario
-from spepolicy.drivers.simulate import Result, compile_machine, simulate
+from spepolicy.drivers.compiling import compile_machine
+from spepolicy.drivers.simulate import Result, simulate
 from spepolicy.errors import ConfigurationError, SpePolicyError
 from spepolicy.machine.scenario import Scenario
 from spepolicy.messages import explain

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from table import Row, computer, print_table, say
 
 from spepolicy.config import register, to_scenario
-from spepolicy.drivers.simulate import compile_machine, simulate
+from spepolicy.drivers.compiling import compile_machine
+from spepolicy.drivers.simulate import simulate
 from spepolicy.jit import COMPILED
 from spepolicy.mmu import Memory, Region, Tables, at, kvm_vtcr
 from spepolicy.mmu.tables import S1_LEAF, S2_LEAF

@@ -16,7 +16,8 @@ from loops import ALIGNED, LOAD, MEASURED, Loop, workload
 from numpy.typing import NDArray
 
 from spepolicy.config import register, to_scenario
-from spepolicy.drivers.simulate import compile_machine, simulate
+from spepolicy.drivers.compiling import compile_machine
+from spepolicy.drivers.simulate import simulate
 from spepolicy.machine.scenario import Cpu, Guest, Host, Kvm, Scenario
 from spepolicy.plugins import build_policy
 

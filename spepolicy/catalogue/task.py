@@ -20,7 +20,7 @@ def run_task(policies: dict[str, object], folder: Path | None = None) -> tuple[s
 
     With *folder* the outcomes go to `catalogue.json` in it.
     """
-    from spepolicy.drivers.simulate import compile_machine
+    from spepolicy.drivers.compiling import compile_machine
 
     cases, left_out = read_catalogue()
     compile_machine(lambda text: print(text, flush=True))

@@ -25,7 +25,6 @@ from spepolicy.arch.registers import PMBSR_COLL
 from spepolicy.batch import Vcpus, Vms, tools
 from spepolicy.errors import ConfigurationError, HookError, SpePolicyError, UnsupportedPolicyError
 from spepolicy.hookspecs import Ownership, PolicySpec, Trap
-from spepolicy.jit import COMPILED, cache_dir
 from spepolicy.machine import answers, own_buffer, toolbox, whole_vm
 from spepolicy.machine.build import (
     Behaviour,
@@ -35,7 +34,6 @@ from spepolicy.machine.build import (
     shape_of,
     share,
     shared_key,
-    smallest_machine,
 )
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
@@ -69,7 +67,6 @@ CHUNK_LANES = 512
 _NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
 _VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
 _MIGRATION_HOOKS = (Hook.MIGRATION_STARTED, Hook.MIGRATION_FINISHED)
-_COMPLETE = "complete"  # file in the cache folder: every entry point is there
 _WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
 _MADE = ("replicates", "host_elapsed_ps", "finished")
 _SHADOWS = {"pmbptr": "shadow_ptr", "pmblimitr": "shadow_limit", "pmbsr": "guest_pmbsr"}  # Ownership.KVM
@@ -524,41 +521,6 @@ def chunks_of(pieces: Sequence[Piece], lanes: int) -> list[list[Piece]]:
             begin += len(part)
             room[key] -= len(part)
     return [chunk for chunks in together.values() for chunk in chunks]
-
-
-def compile_machine(say: Callable[[str], None]) -> None:
-    """Compile all of the machine, unless its cache already holds it; *say* is told, for it takes half a minute.
-
-    Every entry point is called with no lane. Where this is not called, each is compiled when it is first needed.
-    """
-    if not COMPILED or (cache_dir() / _COMPLETE).exists():
-        return
-    say(f"compiling the machine for this version of spepolicy into {cache_dir()} (once, about half a minute)")
-    none = np.zeros(0, dtype=np.int64)
-    handle = context(smallest_machine())
-    start_lanes(handle, none)
-    run_lanes(handle, none)
-    toolbox.walk_stage1(handle, none, none, none, none, 0, 0)
-    toolbox.list_physical(handle, none, none, none, none)
-    toolbox.pin_fresh(handle, none, none, 0)
-    for tool in (
-        toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current, toolbox.keep_previous, toolbox.release_idle,
-        toolbox.look, toolbox.exit_to_vmm,
-    ):  # fmt: skip
-        tool(handle, none, none)
-    toolbox.set_timer(handle, none, none, none)
-    own_buffer.start_own_buffer(handle, none, none, 0)
-    own_buffer.copy_out(handle, none, none, 0)
-    toolbox.tell_guest(handle, none, none, 0, 0)
-    answers.answer(handle, none, none, 1)
-    toolbox.resume(handle, none, none)
-    toolbox.score_claims(handle, none, none)
-    whole_vm.pin_all(handle, none, 0)
-    whole_vm.mlock_all(handle, none, 0)
-    whole_vm.map_all(handle, none)
-    whole_vm.unpin_all(handle, none)
-    toolbox.release_all(handle, none)
-    (cache_dir() / _COMPLETE).touch()
 
 
 def simulate(

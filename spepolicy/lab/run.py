@@ -145,7 +145,8 @@ def _execute(plan: Plan, run_dir: Path, tracker: Tracker | None, say: Callable[[
 
 def _simulate(plan: Plan, tracker: Tracker | None, say: Callable[[str], None]) -> tuple[dict[str, Result], bool]:
     """Simulate every policy; return the results, and whether Ctrl-C cut it short."""
-    from spepolicy.drivers.simulate import compile_machine, simulate
+    from spepolicy.drivers.compiling import compile_machine
+    from spepolicy.drivers.simulate import simulate
     from spepolicy.judge.records import check_conservation, check_profile, check_time
 
     results: dict[str, Result] = {}

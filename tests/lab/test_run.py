@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import spepolicy.drivers.compiling
 import spepolicy.drivers.simulate
 import spepolicy.plugins
 from spepolicy.drivers.simulate import Result
@@ -88,7 +89,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Result], R
             return change(replace(result, scenario=work))
 
         monkeypatch.setattr(spepolicy.drivers.simulate, "simulate", simulate)
-        monkeypatch.setattr(spepolicy.drivers.simulate, "compile_machine", lambda say: None)
+        monkeypatch.setattr(spepolicy.drivers.compiling, "compile_machine", lambda say: None)
 
     install(lambda result: result)
     return install
@@ -234,7 +235,7 @@ def test_ctrl_c_while_compiling_ends_the_run_like_any_other(tmp_path: Path, monk
     def interrupted(say: Callable[[str], None]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spepolicy.drivers.simulate, "compile_machine", interrupted)
+    monkeypatch.setattr(spepolicy.drivers.compiling, "compile_machine", interrupted)
     report = run(plan(tmp_path))
     assert report.interrupted
     assert report.files == {}

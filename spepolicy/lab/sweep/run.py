@@ -135,7 +135,7 @@ class _Sweep:
 
     def run(self, compose_s: float) -> SweepSummary:
         """Do it all."""
-        from spepolicy.drivers.simulate import compile_machine
+        from spepolicy.drivers.compiling import compile_machine
 
         begin = time.perf_counter()
         todo = self._missing()
