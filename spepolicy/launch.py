@@ -262,12 +262,15 @@ def run_exploration(config: Mapping[str, Any], run_dir: Path) -> bool:
 
 
 def register_policies() -> None:
-    """Store every installed policy in Hydra's ConfigStore as `policy/NAME`: the dataclass is the schema."""
+    """Store every installed policy in Hydra's ConfigStore as `policy/NAME`: the dataclass is the schema. One that was
+    stored earlier in this process and is not installed any more goes.
+    """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     store = ConfigStore.instance()
+    store.repo.pop("policy", None)
     for name, info in installed_policies().items():
         try:
             node = OmegaConf.structured(_schema(info))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from spepolicy.plugins import installed_policies
 
@@ -32,6 +33,12 @@ def complete(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[s
 def test_policies(complete: Callable[[str], set[str]]) -> None:
     assert complete("spepolicy +policy=") == {f"+policy={name}" for name in installed_policies()}
     assert complete("spepolicy +policy=ea") == {"+policy=eager_pin"}
+
+
+def test_a_policy_that_is_gone_is_not_offered(complete: Callable[[str], set[str]]) -> None:
+    """Another test, or a notebook, had it in this process."""
+    ConfigStore.instance().store(group="policy", name="gone", node={"pages": 1}, provider="stranger 1.2")
+    assert "+policy=gone" not in complete("spepolicy +policy=")
 
 
 def test_fields_of_the_chosen_policy(complete: Callable[[str], set[str]]) -> None:
