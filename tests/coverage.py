@@ -27,7 +27,6 @@ TESTS = (
     "tests/mmu",
     "tests/judge",
     "tests/conformance/test_at_golden.py",
-    "tests/drivers/test_pieces.py",
 )
 WHOLE_LANES = ("tests/machine/test_guest.py",)
 _RULES = """
