@@ -339,9 +339,12 @@ def segment_end(m: Machine, i: int, k: int) -> int:
     if segment == _STOP:
         return _stopped(m, i, k)
     if segment == _IRQ_ENTRY:
+        was_enabled = read_limit(par, v) & PMBLIMITR_E != 0
         enabled = handle_interrupt(m, i, k) if par.driver != _FREEBSD else freebsd_interrupt(m, i, k)
         _driver_code(m, v, _IRQ_HANDLER, par.irq_handler_ps)
-        return enabled_hooks(m, i, k, False) if enabled else _NONE
+        if enabled:
+            return enabled_hooks(m, i, k, False)
+        return _disabled_hook(par, v, was_enabled)
     if v.restart != 0 and v.resume_segment >= 0 and (v.task == 0 or par.session == 1):
         _begin_restart(m, i, k)
         return _NONE
@@ -357,6 +360,14 @@ def _renew(m: Machine, i: int, k: int) -> int:
     v.renew_due = 1
     _leave_task(m, i, k)
     return _NONE
+
+
+@jit
+def _disabled_hook(par: Any, v: Any, was_enabled: bool) -> int:
+    """Return the hook for a write that may have cleared PMBLIMITR_EL1.E, if KVM sees it and the policy listens."""
+    if not was_enabled or read_limit(par, v) & PMBLIMITR_E != 0:
+        return _NONE
+    return _BUFFER_DISABLED if par.trap_pmb != 0 and (par.hooks >> _BUFFER_DISABLED) & 1 != 0 else _NONE
 
 
 @jit
@@ -386,7 +397,7 @@ def _stopped(m: Machine, i: int, k: int) -> int:
         announced = announce_buffer(m, i, k)
     elif not _switch(m, i, k):
         _next_program_segment(m, i, k)
-    if was_enabled and par.trap_pmb != 0 and (par.hooks >> _BUFFER_DISABLED) & 1 != 0:
+    if _disabled_hook(par, v, was_enabled) != _NONE:
         v.hook_next = announced
         return _BUFFER_DISABLED
     return announced
