@@ -132,7 +132,10 @@ class Bench:
         limit = int(m.par["memlock_pages"][0])
         self.aux[:] = 0
         self.aux[:, Aux.TAINT] = np.where(m.vm["pinned_pages"] > limit, int(Taint.NO_LIMIT), 0)
-        for name in ("pin_calls", "pin_refused", "pinned_peak_pages", "startup_ps", "stage2_maps", "stage2_unmapped"):
+        for name in (
+            "pin_calls", "pin_refused", "pinned_peak_pages", "charged_peak_pages", "startup_ps", "stage2_maps",
+            "stage2_unmapped",
+        ):  # fmt: skip
             m.vm[name] = 0
         m.truth[:] = np.zeros((), dtype=m.truth.dtype)
 

@@ -85,7 +85,7 @@ def _memlock_peak(v: View) -> Floats:
     kvm = v.result.scenario.kvm
     if kvm.memlock_unlimited or kvm.memlock_pages == 0:
         return np.full(len(v.vm), np.nan)
-    return 100 * v.vm["pinned_peak_pages"] / kvm.memlock_pages
+    return 100 * v.vm["charged_peak_pages"] / kvm.memlock_pages
 
 
 # ---- blackout -------------------------------------------------------------------------------------------------------
@@ -287,9 +287,21 @@ _add(
     lambda v: v.vm["pinned_page_ps"] * 1e3 / _PS_PER_S,
 )
 _add(
+    "memlock_peak_MiB",
+    "MiB",
+    "Most memory charged to RLIMIT_MEMLOCK at any time: what is pinned, and what the VMM has mlock()ed.",
+    lambda v: v.vm["charged_peak_pages"] * _MIB,
+)
+_add(
+    "own_buffers_MiB",
+    "MiB",
+    "Most memory that KVM held as SPE buffers of its own: kernel memory, which the memlock limit does not count.",
+    lambda v: v.vm["own_pages"] * _MIB,
+)
+_add(
     "memlock_peak_pct",
     "%",
-    "Peak of pinned pages against RLIMIT_MEMLOCK: 100 * peak / limit; undefined without one.",
+    "Peak of what is charged to RLIMIT_MEMLOCK against it: 100 * peak / limit; undefined without one.",
     _memlock_peak,
 )
 _add(

@@ -37,8 +37,8 @@ Column = NDArray[Any] | Categories
 # Fields of TRUTH that are no sums: the last fault's cause, the page under the SPU, and the first fault.
 _NOT_SUMMED = ("diverged_now", "fault_cause", "fault_loss_cause", "pending", "digest")
 _VM_COLUMNS = (
-    "host_events", "notifier_calls", "notifier_ignored", "stage2_unmapped", "pinned_peak_pages", "pin_calls",
-    "pin_refused", "stale_pins", "startup_ps",
+    "host_events", "notifier_calls", "notifier_ignored", "stage2_unmapped", "pinned_peak_pages", "charged_peak_pages",
+    "pin_calls", "pin_refused", "stale_pins", "startup_ps",
 )  # fmt: skip
 
 

@@ -155,6 +155,7 @@ stage2_unmapped     stage 2 leaves removed by notifiers
 stage2_maps         stage 2 leaves written by KVM
 pinned_pages        pins held by KVM now (pages, counted once per pin)
 pinned_peak_pages
+charged_peak_pages  most pages that counted against the memlock limit at any time: pinned, and mlock()ed
 pinned_since_ps     host time of the last change of pinned_pages
 pinned_page_ps      integral of pinned_pages over host time, in page x 1000 ps
 locked_pages        pages that the VMM has mlock()ed: they count against the memlock limit beside the pins

@@ -104,6 +104,7 @@ def account_pins(vm: Any, pages: int, now_ps: int) -> None:
     vm.pinned_since_ps = max(now_ps, vm.pinned_since_ps)
     vm.pinned_pages += pages
     vm.pinned_peak_pages = max(vm.pinned_peak_pages, vm.pinned_pages)
+    vm.charged_peak_pages = max(vm.charged_peak_pages, vm.pinned_pages + vm.locked_pages)
 
 
 @jit

@@ -111,6 +111,7 @@ def mlock_all(m: Machine, lanes: Ints, ignore_limit: int) -> Ints:
                 _charge_vm(m, i, cost)
             words[page] |= LOCKED
             vm.locked_pages += 1
+        vm.charged_peak_pages = max(vm.charged_peak_pages, vm.pinned_pages + vm.locked_pages)
     return result
 
 

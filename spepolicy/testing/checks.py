@@ -223,15 +223,15 @@ def _pins_end_with_the_session(subject: Subject) -> None:
 
 @check("hooks_run")
 def _memlock(subject: Subject) -> None:
-    """Pinned memory stays within RLIMIT_MEMLOCK."""
+    """Pinned and locked memory stays within RLIMIT_MEMLOCK."""
     for name in subject.scenes:
         result = subject.result(name)
         limit = result.scenario.kvm
-        peak = int(result.vm["pinned_peak_pages"].max())
+        peak = int(result.vm["charged_peak_pages"].max())
         if not limit.memlock_unlimited and peak > limit.memlock_pages:
             raise CheckFailed(
-                f"in the scene '{name}', {peak} pages were pinned under a limit of {limit.memlock_pages}. Cause: "
-                "pin_all(ignore_limit=True). Remedy: respect the limit and handle over_limit; or declare it, if the "
+                f"in the scene '{name}', {peak} pages were pinned or locked under a limit of {limit.memlock_pages}. Cause: "
+                "pin_all() or mlock_all() with ignore_limit=True. Remedy: respect the limit and handle over_limit; or declare it, if the "
                 "VMM has CAP_IPC_LOCK."
             )
 

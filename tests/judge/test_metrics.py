@@ -124,12 +124,16 @@ def test_stolen_time_is_of_the_vcpus_host_time() -> None:
 def test_pinned_memory() -> None:
     result = empty_result()
     result.vm["pinned_peak_pages"] = 512
+    result.vm["charged_peak_pages"] = 768
+    result.vm["own_pages"] = 16
     result.vm["pinned_page_ps"] = 256 * (1000 * MS // 1000)  # 256 pages for a second, in page x 1000 ps
     values = measure(result, None).values
     assert values["pinned_peak_MiB"] == 2.0
     assert values["pinned_mean_MiB"] == pytest.approx(1.0)
     assert values["pinned_page_s"] == pytest.approx(256.0)
-    assert values["memlock_peak_pct"] == 25.0  # of 2048 pages
+    assert values["memlock_peak_MiB"] == 3.0
+    assert values["memlock_peak_pct"] == 37.5  # of 2048 pages
+    assert values["own_buffers_MiB"] == 1 / 16
 
 
 def test_the_interval_of_the_excess_is_that_of_paired_differences() -> None:

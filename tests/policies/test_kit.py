@@ -8,13 +8,11 @@ from spepolicy.plugins import build_policy, installed_policies
 from spepolicy.testing import CHECKS, check_policy
 
 OLD_ABORT = "it tells an external abort, as the series of its time did; SPE-KVM-1 documents it from SPEv1p3 on"
+RAISED = "the VMM raises its limit to the size of the VM (raise_memlock)"
 EXPECTED: dict[str, dict[str, str]] = {
     "map_on_fault": {"no_silent_cut": "it goes on like after an ordinary fault, and does not look at DL: its flaw"},
-    "mlock_finalize": {"allowed_events": OLD_ABORT},
-    "pin_vm": {
-        "memlock": "the VMM raises its limit to the size of the VM (raise_memlock)",
-        "allowed_events": OLD_ABORT,
-    },
+    "mlock_finalize": {"memlock": RAISED, "allowed_events": OLD_ABORT},
+    "pin_vm": {"memlock": RAISED, "allowed_events": OLD_ABORT},
 }
 SHIPPED = sorted(name for name, info in installed_policies().items() if info.distribution == "spepolicy")
 

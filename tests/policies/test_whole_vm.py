@@ -53,6 +53,16 @@ def test_a_locked_page_moves_like_any_other(op: HostOp) -> None:
     assert (result.truth["injected_external"] > 0).all()
 
 
+def test_what_the_memlock_limit_must_allow_is_what_is_pinned_and_what_is_locked() -> None:
+    assert (run("mlock_finalize", quiet()).vm["charged_peak_pages"] == 1024).all()
+    pinned = run("eager_pin", quiet()).vm
+    assert (pinned["charged_peak_pages"] == pinned["pinned_peak_pages"]).all()
+    assert (pinned["charged_peak_pages"] > 0).all()
+    none = run("copy_buffer", quiet()).vm
+    assert (none["charged_peak_pages"] == 0).all()
+    assert (none["own_pages"] > 0).all()
+
+
 def test_a_lock_needs_a_limit_as_large_as_the_vm() -> None:
     low = replace(QUIET, memlock_unlimited=False, memlock_pages=1000)
     result = run("mlock_finalize", quiet(kvm=low), raise_memlock=False)

@@ -299,7 +299,7 @@ class BlindToTheVersion(Good):
         (Tampers(), "conservation", "samples are unaccounted for"),
         (KeepsItsPins(), "pins_end_with_the_vm", "vms.unpin_all"),
         (Hoards(), "pins_end_with_the_session", "unpin_previous"),
-        (Privileged(), "memlock", "1024 pages were pinned under a limit of"),
+        (Privileged(), "memlock", "1024 pages were pinned or locked under a limit of"),
         (OldNews(), "allowed_events", "PMSVer=4"),
         (HidesTheCut(), "no_silent_cut", r"PMBSR_EL1.DL=1 were resumed"),
         (OnlyResumes(), "progress", r"resume\(\) without a mapping"),
