@@ -230,9 +230,9 @@ def _memlock(subject: Subject) -> None:
         peak = int(result.vm["charged_peak_pages"].max())
         if not limit.memlock_unlimited and peak > limit.memlock_pages:
             raise CheckFailed(
-                f"in the scene '{name}', {peak} pages were pinned or locked under a limit of {limit.memlock_pages}. Cause: "
-                "pin_all() or mlock_all() with ignore_limit=True. Remedy: respect the limit and handle over_limit; or declare it, if the "
-                "VMM has CAP_IPC_LOCK."
+                f"in the scene '{name}', {peak} pages were pinned or locked under a limit of {limit.memlock_pages}. "
+                "Cause: pin_all() or mlock_all() with ignore_limit=True. Remedy: respect the limit and handle "
+                "over_limit; or declare it, if the VMM has CAP_IPC_LOCK."
             )
 
 
