@@ -37,7 +37,8 @@ _VM_PASSING = """
 key_host hook hook_vcpu host_next_ps host_index host_draws host_events notifier_calls notifier_ignored stage2_unmapped
 stage2_maps pinned_peak_pages charged_peak_pages pinned_since_ps pinned_page_ps pin_calls pin_refused stale_pins
 startup_ps window_count log_count key_bug bug_draws host_op migration_next_ps migration_sent migration_resent
-migration_resent_buffer migration_downtime_ps migration_begin_ps migration_end_ps migration_demanded migration_unlogged migration_refused
+migration_resent_buffer migration_downtime_ps migration_begin_ps migration_end_ps migration_demanded
+migration_unlogged migration_refused
 """
 _VCPU_PASSING = """
 now_ps host_ps key_program key_sample key_kvm program_draws sample_draws kvm_draws counting select_ps left_ops rate_ps
