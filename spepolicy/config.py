@@ -166,14 +166,20 @@ def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:
         return ("Host: random operations; rates are assumptions or from recordings (conf/host says which).",)
     host = plain(cfg)["host"]
     recording: Any = scenario.host.recording
-    notes = (
-        f"Host: recording '{recording.scenario or host['path']}' of {recording.kernel or 'an unknown kernel'}, "
-        f"{len(recording)} events in {recording.duration_us / 1e6:.1f} s, played at "
-        f"{host['time_scale']:g} recording seconds per simulated second (host.time_scale, an assumption: order, counts "
-        "and addresses are real, durations are those of an emulator).",
-    )
     from spepolicy.recording import shipped
     from spepolicy.recording.placement import OUTSIDE
+
+    scale = f"at {host['time_scale']:g} recording seconds per simulated second (host.time_scale, an assumption"
+    if host["path"] in shipped():
+        pace = f"{scale}: order, counts and addresses are real, durations are those of an emulator)"
+    elif host["time_scale"] == 1:
+        pace = "at its own pace (host.time_scale=1)"
+    else:
+        pace = f"{scale}; a trace of real hardware has real durations: play it with host.time_scale=1)"
+    notes = (
+        f"Host: recording '{recording.scenario or host['path']}' of {recording.kernel or 'an unknown kernel'}, "
+        f"{len(recording)} events in {recording.duration_us / 1e6:.1f} s, played {pace}.",
+    )
 
     # What a shipped recording left out is told in its README.
     told = {OUTSIDE} if host["path"] in shipped() else set(recording.ignored)

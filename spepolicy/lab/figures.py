@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def draw_blackout(path: Path, series: Mapping[str, BlackoutSeries], title: str) 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    logging.getLogger("matplotlib.font_manager").setLevel(
+        logging.WARNING
+    )  # its first run on a computer says that it is
     height_in = 1.5 + 2.0 * len(series)
     figure = Figure(figsize=(10, height_in))
     FigureCanvasAgg(figure)

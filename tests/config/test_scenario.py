@@ -304,6 +304,18 @@ class TestHost:
         notes = host_notes(config, to_scenario(config))
         assert "1 kvm_entry (context)" in notes[-1]
 
+    def test_an_own_trace_is_not_said_to_be_of_an_emulator(self, composed: Composed, tmp_path: Path) -> None:
+        """A trace of hardware has its own durations: at any scale but 1 the note says so."""
+        trace = tmp_path / "host.trace"
+        trace.write_text("   lvmm   256 [001]     1.000100: kp:s2_map: (0) addr=0x40000000 size=0x1000 prot=0x6\n")
+        told = {}
+        for scale in ("1", "20"):
+            config = composed(f"host.path={trace}", f"host.time_scale={scale}")
+            told[scale] = host_notes(config, to_scenario(config))[0]
+            assert "emulator" not in told[scale]
+        assert "play it with host.time_scale=1" in told["20"]
+        assert "at its own pace" in told["1"]
+
     def test_a_recording_is_opened_by_name(self, composed: Composed) -> None:
         host = to_scenario(composed("host.path=ksm")).host
         recording: Any = host.recording

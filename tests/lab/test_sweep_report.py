@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -110,6 +111,70 @@ def test_the_sentences_say_what_the_rows_say(page: str, folder: Path) -> None:
     assert float(mean) == pytest.approx(difference.mean(), rel=1e-2)
     student = 2.3646  # 97.5 % quantile of Student's distribution with 7 degrees of freedom, from tables
     assert float(half) == pytest.approx(student * difference.std(ddof=1) / np.sqrt(8), rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def mail(folder: Path) -> str:
+    (path,) = folder.rglob("mail.txt")
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_mail_is_plain_and_narrow(mail: str) -> None:
+    assert mail.isascii()
+    assert [line for line in mail.splitlines() if len(line) > 75 or line != line.rstrip()] == []
+
+
+def test_the_table_of_a_mail_is_that_of_the_configurations(mail: str, folder: Path) -> None:
+    """Every number, to the digits shown, under the number of its configuration."""
+    (path,) = folder.rglob("configurations.csv")
+    table = pandas.read_csv(path).set_index("configuration")
+    legend = dict(re.findall(r"^  \[(\d)\] (.*)$", mail, re.MULTILINE))
+    assert sorted(legend.values()) == sorted(table.index)
+    names = {"unseen %": "unseen_samples_pct", "stolen %": "stolen_pct", "profile distance": "fidelity_tv_excess"}
+    found = 0
+    for block in mail.split("\n\n"):
+        head = re.match(r" +((?:\[\d\] *)+)$", block.splitlines()[0])
+        for line in block.splitlines()[1:] if head else []:
+            metric = next((metric for name, metric in names.items() if line.startswith(name)), "")
+            means = re.findall(r"(-?[\d.,]+)(?: \+- [\d.,]+)?(?:  |$)", line.removeprefix(line[:17]))
+            columns = re.findall(r"\d", head[1]) if head else []
+            for number, mean in zip(columns, means, strict=True) if metric else ():
+                value = table.loc[legend[number], metric]
+                assert float(mean.replace(",", "")) == pytest.approx(value, rel=6e-3), (line, number)
+                found += 1
+    assert found == 3 * len(table)
+
+
+def test_a_mail_says_what_the_report_concludes(mail: str, page: str) -> None:
+    words = " ".join(mail.split())
+    for sentence in sentences(page):
+        assert " ".join(unescape(sentence).split()) in words
+
+
+def test_the_commands_of_a_mail_are_those_of_the_jobs(mail: str) -> None:
+    """Without what has no influence on a result."""
+    commands = re.findall(r"python -m spepolicy ((?:.*\\\n)*.*)", mail)
+    assert len(commands) == 8
+    for command in commands:
+        words = command.replace("\\\n", " ").split()
+        assert {word.partition("=")[0] for word in words} == {
+            "+policy",
+            "host",
+            "seed",
+            "guest.buffer_mapped",
+            "duration",
+            "replicates",
+        }
+
+
+def test_refused_sessions_are_told_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-m", "+policy=eager_pin", "kvm.memlock=64KiB,64MiB", "host=silent", "duration=5ms", "replicates=2"]
+    assert main([*words, "tracking=none", f"output.dir={tmp_path}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 0
+    (line,) = re.findall(r"^kvm\.memlock refused sessions.*$", capsys.readouterr().out, re.MULTILINE)
+    table = pandas.read_csv(tmp_path / "sweep" / "configurations.csv").set_index("configuration")["refused_sessions"]
+    refused = table[table > 0]
+    assert list(refused.index) == re.findall(r"\w+ memlock=\w+", line)
+    assert list(refused.index) == ["eager_pin memlock=64KiB"]
 
 
 def test_a_sweep_of_one_policy_has_nothing_to_compare(tmp_path: Path) -> None:

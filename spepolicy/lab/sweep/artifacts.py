@@ -140,6 +140,13 @@ def _report(summary: SweepSummary, path: Path) -> Path | None:
     return write_report(summary, path)
 
 
+def _mail(summary: SweepSummary, path: Path) -> Path | None:
+    """The comparison as plain text that can be sent to a list."""
+    from spepolicy.lab.sweep.mail import mail_text
+
+    return output.write_text(path, mail_text(summary))
+
+
 WRITERS: dict[str, Writer] = {
     "sweep.json": _sweep,
     "configurations.csv": _configurations,
@@ -148,6 +155,7 @@ WRITERS: dict[str, Writer] = {
     "errata.json": _errata,
     "errata_table.md": _errata_table,
     "report.html": _report,
+    "mail.txt": _mail,
 }
 """File name -> what writes it. Those that find nothing to write return None."""
 

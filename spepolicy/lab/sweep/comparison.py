@@ -95,8 +95,9 @@ def _sentence(label: str, one: Outcome, other: Outcome) -> str:
     else:
         clear = (
             f"On {label}, {first} and {second} lose the same share of samples as far as {loss.lanes} lanes can tell "
-            f"({number_text(loss.mean)} %{interval})"
+            f"({number_text(loss.mean)} %{interval}). {first}"
         )
+        return f"{clear}{_memory(worse, better, second).removeprefix(',')}{_time(worse, better, second)}."
     return f"{clear}{_memory(worse, better, second)}{_time(worse, better, second)}."
 
 

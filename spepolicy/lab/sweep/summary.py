@@ -20,6 +20,7 @@ __all__ = ["HEADLINES", "cell_text", "summarize"]
 
 MOST_ROWS = 40
 MOST_FLIPS = 10
+MOST_REFUSED = 10
 HEADLINES = {  # the columns of every overview: metric -> heading
     "excess_blackout_pct": "excess blackout %",
     "unseen_samples_pct": "unseen %",
@@ -34,12 +35,27 @@ def summarize(summary: SweepSummary) -> str:
     lines = [_title(summary), ""]
     if summary.outcomes:
         lines += [*_table(summary), ""]
+    lines += _refused(summary)
     lines += _cannot_run(summary)
     if summary.verdicts:
         lines += [*_survival(summary), ""]
     for note in summary.notes:
         lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
     return "\n".join([*lines, *_places(summary)])
+
+
+def _refused(summary: SweepSummary) -> list[str]:
+    """Where the memlock limit refused sessions: a blackout of this cause looks like any other in the table."""
+    where = [
+        f"{outcome.label()} ({number_text(outcome.values['refused_sessions'])})"
+        for outcome in summary.outcomes.values()
+        if outcome.values.get("refused_sessions", 0.0) > 0
+    ]
+    if not where:
+        return []
+    more = f", and {len(where) - MOST_REFUSED:,} more in configurations.csv" if len(where) > MOST_REFUSED else ""
+    text = f"kvm.memlock refused sessions (mean a VM) of: {', '.join(where[:MOST_REFUSED])}{more}."
+    return [*textwrap.wrap(text, WIDTH, subsequent_indent="  "), ""]
 
 
 def _cannot_run(summary: SweepSummary) -> list[str]:
