@@ -13,6 +13,7 @@ from spepolicy.judge.errata import Erratum, Findings, merge_errata
 from spepolicy.judge.errata_page import About, errata_as_markdown, errata_as_rst, errata_matrix, matrix_as_markdown
 from spepolicy.judge.findings import find
 from spepolicy.lab.about import about
+from spepolicy.platforms import equipped
 from spepolicy.plugins import build_policy, installed_policies, installed_reporters, make_plugin_manager
 
 from ..properties.scenarios import MS, busy_host, guest, scenario
@@ -88,7 +89,7 @@ FIELDS = {"hide_spe": {}, "copy_buffer": {"copy": "chunked"}, "pin_while_enabled
 @pytest.mark.parametrize("name", [name for name, info in sorted(installed_policies().items()) if name != "bare_metal"])
 def test_the_page_of_a_real_run_can_be_pasted_into_a_patch(name: str, tmp_path: Path) -> None:
     """Every shipped policy on a busy host: the page parses, and says what the policy does and what happened."""
-    where = scenario(host=busy_host(), guest=guest(paravirtual=True), duration_ps=2 * MS)
+    where = equipped(scenario(host=busy_host(), guest=guest(), duration_ps=2 * MS))
     policy = build_policy(name, FIELDS.get(name, {}))
     manager = make_plugin_manager(policy, list(installed_reporters().values()))
     result = simulate(where, policy, name=name, replicates=range(2), threads=1)

@@ -1,8 +1,8 @@
 """Try the fixed sample of mutants on the interpreted machine: `python -m tests.mutation.run DATA [RESULTS]`.
 
-DATA is the file that `python -m tests.coverage --contexts DATA` writes: which test runs through which line. Each mutant
-is put into a copy of the sources, and the tests that run through its statement are tried on it, the most specific
-first, until one fails. RESULTS (results.tsv beside this file, by default) gets a line a mutant, and a run goes on
+DATA is the file that `python -m tests.line_coverage --contexts DATA` writes: which test runs through which line.
+Each mutant is put into a copy of the sources, and the tests that run through its statement are tried on it, the most
+specific first, until one fails. RESULTS (results.tsv beside this file, by default) gets a line a mutant, and a run goes on
 where the last one stopped. One process, at the lowest priority.
 
 A mutant is *caught* if a test fails that passes without it, or hangs; it *survived* if all of them pass; it is

@@ -12,6 +12,9 @@ RAISED = "the VMM raises its limit to the size of the VM (raise_memlock)"
 EXPECTED: dict[str, dict[str, str]] = {
     "map_on_fault": {"no_silent_cut": "it goes on like after an ordinary fault, and does not look at DL: its flaw"},
     "mlock_finalize": {"memlock": RAISED, "allowed_events": OLD_ABORT},
+    "physical_mode": {
+        "pins_end_with_the_session": "a new ring beside the old one looks like its next part, and both stay pinned"
+    },
     "pin_vm": {"memlock": RAISED, "allowed_events": OLD_ABORT},
 }
 SHIPPED = sorted(name for name, info in installed_policies().items() if info.distribution == "spepolicy")

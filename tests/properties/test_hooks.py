@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,34 @@ def test_hook_traps() -> None:
     assert sampling.count("profiling_enabled") > 0
 
 
+@dataclass
+class Physical(Recorder):
+    """Recorder that offers PMBLIMITR_EL1.nVM, or not, and looks at the buffers that it is shown."""
+
+    offered: bool = True
+    seen: set[bool] = field(default_factory=set)
+
+    @hookimpl
+    def physical_addressing(self) -> bool:
+        return self.offered
+
+    @hookimpl
+    def buffer_enabled(self, vcpus: Vcpus) -> None:
+        self.calls.append(("buffer_enabled", len(vcpus)))
+        self.seen |= set(vcpus.physical.tolist())
+        assert (vcpus.buffer_hi[vcpus.physical] <= 1 << 40).all(), "an intermediate physical address, not a virtual one"
+        assert (vcpus.buffer_lo[~vcpus.physical] >= 0xFFFF << 48).all()
+
+
+@pytest.mark.parametrize("offered", [True, False])
+@pytest.mark.parametrize("features", [("nVM",), ()])
+def test_hook_physical_addressing(offered: bool, features: tuple[str, ...]) -> None:
+    """A driver that knows nVM gives physical addresses where KVM and the processor offer it, and nowhere else."""
+    recorder = Physical(answer=Event.IMPDEF, offered=offered)
+    run(recorder, guest=guest(physical_buffer=True), cpu=Cpu(features=features))
+    assert recorder.seen == {offered and features == ("nVM",)}
+
+
 def test_hook_notifier_filter() -> None:
     """An ignored event leaves the stage 2 entry of a pinned page; UNMAP is honoured all the same."""
     scan = scenario(host=SCANS, kvm=QUIET)
@@ -205,14 +233,19 @@ def test_hook_profiling_enabled__not_for_el0_only() -> None:
 
 
 def test_hook_buffer_disabled() -> None:
-    """At each sched-out of the profiled task, after the drain."""
+    """At each sched-out of the profiled task, after the drain; and when the handler of the interrupt finds no room for
+    more and writes PMBLIMITR_EL1=0 (arm_spe_perf_aux_output_begin).
+    """
     recorder = Recorder()
     run(recorder)
     starts = recorder.count("buffer_enabled")
     assert 0 < recorder.count("buffer_disabled") <= starts
-    per_cpu = Recorder()
-    run(per_cpu, guest=guest(session=1))
-    assert per_cpu.count("buffer_disabled") == 0
+    with_room, without = Recorder(), Recorder()
+    run(with_room, guest=replace(ROOMY, session=1))
+    assert with_room.count("buffer_disabled") == 0
+    result = run(without, guest=guest(session=1))
+    assert result.truth["truncated"].sum() > 0
+    assert without.count("buffer_disabled") > 0
 
 
 @dataclass

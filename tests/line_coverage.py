@@ -1,4 +1,4 @@
-"""How much of the rules the tests run through, interpreted: `python -m tests.coverage [--contexts FILE]`.
+"""How much of the rules the tests run through, interpreted: `python -m tests.line_coverage [--contexts FILE]`.
 
 Compiled code cannot be traced. With NUMBA_DISABLE_JIT=1 the tests that look at single rules run the same functions as
 Python: this runs those of `TESTS` and fails if fewer than `LEAST` % of the lines of spepolicy/machine, mmu or judge are
@@ -62,7 +62,7 @@ def _run(*words: str, **variables: str) -> int:
 def measure(data: Path, rules: Path, *options: str) -> int:
     """Run the tests and write *data* and *rules*, the settings of coverage.py; return the exit status."""
     rules.write_text(_RULES.format(data=data), encoding="utf-8")
-    plugin = ("-p", "tests.coverage", "-p", "no:cacheprovider", "-q", "--hypothesis-seed=0")
+    plugin = ("-p", "tests.line_coverage", "-p", "no:cacheprovider", "-q", "--hypothesis-seed=0")
     ignored = [f"--ignore={path}" for path in WHOLE_LANES]
     return _run(
         "coverage", "run", f"--rcfile={rules}", "-m", "pytest", *plugin, *ignored, *options, *TESTS,
