@@ -28,8 +28,8 @@ class PhysicalMode:
     memory in the guest; a notifier change.
     Costs: traps of PMB*, PMBMAR_EL1 among them; pins and maps of a range once; a locked ring with at_next.
     Fails: a guest that cannot allocate so much contiguous memory has to do with a smaller buffer; one that moves its
-    pages while the buffer is enabled is not followed: the SPU writes to the old ones. With at_next, a ring beside the one that the guest gave up looks like
-    its next part: both stay pinned, and so on until the memlock limit.
+    pages while the buffer is enabled is not followed: the SPU writes to the old ones. With at_next, a ring beside the
+    one that the guest gave up looks like its next part: both stay pinned, and so on until the memlock limit.
     """
 
     unpin: str = field(

@@ -12,6 +12,15 @@ import pytest
 _numbers = itertools.count()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the machine once before a run of all tests, not in each of xdist's processes at the same time."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and not hasattr(config, "workerinput") and not config.option.collectonly:
+        from spepolicy.drivers.compiling import compile_machine
+
+        compile_machine(print)
+
+
 @pytest.fixture
 def install(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that installs a fake distribution of plugins, for this process and for its children.

@@ -62,7 +62,7 @@ def _run(*words: str, **variables: str) -> int:
 def measure(data: Path, rules: Path, *options: str) -> int:
     """Run the tests and write *data* and *rules*, the settings of coverage.py; return the exit status."""
     rules.write_text(_RULES.format(data=data), encoding="utf-8")
-    plugin = ("-p", "tests.line_coverage", "-p", "no:cacheprovider", "-q", "--hypothesis-seed=0")
+    plugin = ("-p", "tests.line_coverage", "-p", "no:cacheprovider", "-q", "-n", "0", "--hypothesis-seed=0")
     ignored = [f"--ignore={path}" for path in WHOLE_LANES]
     return _run(
         "coverage", "run", f"--rcfile={rules}", "-m", "pytest", *plugin, *ignored, *options, *TESTS,

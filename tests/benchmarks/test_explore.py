@@ -25,6 +25,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_table_has_every_figure_and_the_trace_is_found(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,6 +97,7 @@ def test_threads_answer_the_same() -> None:
     np.testing.assert_array_equal(at("S12E1R", va, case.registers, memory, threads=3), one)
 
 
+@pytest.mark.slow
 def test_the_interpreted_walker_answers_the_same() -> None:
     """The same source without compilation, in a process of its own, over all cases."""
     script = (

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pandas
+import pytest
 
 from spepolicy.lab.mlflow_writer import _git_tags
 
@@ -82,6 +83,7 @@ def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path
     assert f"searchFilter=tags.sweep = '{sweep}' and tags.kind = 'configuration'&" in link
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_costs_no_row(run: Run, tmp_path: Path) -> None:
     status, out, err = run(*TRACKED, "tracking.uri=http://127.0.0.1:9")
     assert status == 2

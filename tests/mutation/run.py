@@ -1,12 +1,11 @@
 """Try the fixed sample of mutants on the interpreted machine: `python -m tests.mutation.run DATA [RESULTS]`.
 
-DATA is the file that `python -m tests.line_coverage --contexts DATA` writes: which test runs through which line.
-Each mutant is put into a copy of the sources, and the tests that run through its statement are tried on it, the most
-specific first, until one fails. RESULTS (results.tsv beside this file, by default) gets a line a mutant, and a run goes on
-where the last one stopped. One process, at the lowest priority.
-
-A mutant is *caught* if a test fails that passes without it, or hangs; it *survived* if all of them pass; it is
-*undecided* if no test failed in `CPU_S` seconds and there were more; *not run* if no test runs through it.
+DATA is the file that `python -m tests.line_coverage --contexts DATA` writes: which test runs through which line. Each
+mutant is put into a copy of the sources, and the tests that run through its statement are tried on it, the most
+specific first, until one fails. RESULTS (results.tsv beside this file, by default) gets a line a mutant, and a run
+goes on where the last one stopped. One process, at the lowest priority. A mutant is *caught* if a test fails that
+passes without it, or hangs; it *survived* if all of them pass; it is *undecided* if no test failed in `CPU_S` seconds
+and there were more; *not run* if no test runs through it.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def _child(tests: list[str], pipe: int) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "", "--hypothesis-seed=0", "--tb=no"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "", "--hypothesis-seed=0", "--tb=no", "-n", "0"]
     os._exit(int(pytest.main([*options, *tests], plugins=[_Reporter(pipe)])))
 
 

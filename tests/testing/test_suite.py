@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from spepolicy.testing import CHECKS
 
 TESTS = """
@@ -48,6 +50,7 @@ def test_each_check_is_a_test(tmp_path: Path) -> None:
         assert f"PASSED test_refuse.py::TestRefuse::test_policy[{check}]" in out
 
 
+@pytest.mark.slow
 def test_a_failure_names_the_check_and_a_declared_one_is_expected(tmp_path: Path) -> None:
     assert "FAILED test_refuse.py::TestRefuse::test_policy[allowed_events]" in run(tmp_path, "EXTERNAL_ABORT", {})
     reason = "an old guest needs it"
