@@ -8,7 +8,8 @@ A block's fence says how it is run: three backticks, a language, then words. Ren
 * other languages are text.
 
 Words: `slow` (more than a few seconds), `status=2` (the exit status of the commands), `server` (it runs until stopped),
-`needs=WHAT` (what the folder has to hold: `run`, a finished and tracked run; `trace`, a kernel trace `host.trace`).
+`needs=WHAT` (what the folder has to hold: `run`, a finished and tracked run; `trace`, a kernel trace `host.trace`;
+`night`, a guest's `perf.data` and the `trace-cmd report` of its host, `host.trace.gz`).
 
 A table below the line `<!-- results: ARGUMENTS -->` has arguments of `python -m spepolicy` in its first column and
 names of metrics in its header, each as code; the numbers in these columns are what a run with both arguments gives.
@@ -122,10 +123,16 @@ def run(script: str, folder: Path, extra: Mapping[str, str] | None = None) -> tu
 
 
 def as_shown(output: str, folder: Path) -> str:
-    """Return *output* without what differs from run to run: folder, dates, times, MLflow's numbers, compilation."""
+    """Return *output* without what differs from run to run: folder, dates, times, commits, MLflow's numbers."""
     text = output.replace(str(folder), "~/lab")
     text = re.sub(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d\.\d+", "DATE/TIME", text)
     text = re.sub(r"runs=%5B.*?%5D&experiments=%5B.*?%5D", "runs=...", text)
+    text = re.sub(
+        r"(commit [0-9a-f]{12}(, with local changes)?|source [0-9a-f]{16})$", "commit COMMIT", text, flags=re.M
+    )
+    text = re.sub(r"python [\d.]+( \w+ [\d.]+)+$", "python VERSION ...", text, flags=re.M)
+    text = re.sub(r"(lanes in|:|composing,|simulating,) [\d.]+ s\b", r"\1 N s", text)
+    text = re.sub(r"about [\d.]+ \w+ and [\d.]+\w+ of memory for lanes, on \d+ threads?", "about N s and N MiB", text)
     return "".join(line for line in text.splitlines(keepends=True) if not line.lower().startswith("compiling"))
 
 
@@ -133,6 +140,30 @@ def matches(shown: str, output: str) -> bool:
     """Tell whether *output* is what a page shows, where a line `...` stands for any number of lines."""
     parts = re.split(rf"(?m)^{re.escape(ELLIPSIS)}\n", shown)
     return re.fullmatch(".*".join(re.escape(part) for part in parts), output, re.DOTALL) is not None
+
+
+def elided(shown: str, output: str) -> str:
+    """Return *output* with `...` where *shown*, an older text of it, has it.
+
+    The lines before the first `...` and after the last are as many as they were; those between two are looked for by
+    their words, since their numbers may have changed.
+    """
+    parts = [part.splitlines() for part in re.split(rf"(?m)^{re.escape(ELLIPSIS)}\n", shown)]
+    lines = output.splitlines()
+    kept = [lines[: len(parts[0])]]
+    at, end = len(parts[0]), len(lines) - len(parts[-1])
+    for part in parts[1:-1]:
+        wanted = [_words(line) for line in part]
+        places = range(at, end - len(part) + 1)
+        at = max(places, key=lambda n: sum(_words(line) == want for line, want in zip(lines[n:], wanted, strict=False)))
+        kept.append(lines[at : at + len(part)])
+        at += len(part)
+    kept.append(lines[end:] if parts[-1] else [])
+    return f"{ELLIPSIS}\n".join("".join(f"{line}\n" for line in part) for part in kept)
+
+
+def _words(line: str) -> list[str]:
+    return re.findall(r"[a-z_]+", line)
 
 
 # ---- tables of results -----------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from .pages import ROOT, run
@@ -26,13 +28,26 @@ TRACE = """\
     bash-135         [000] .....   100.020000: tracing_mark_write: SCENARIO ksm end
 """
 
+# What perf in a guest records in 100 ms: the only captures of a guest that this project can make.
+CAPTURE = (
+    "python -m spepolicy +policy=pin_while_enabled workload=compressor host=silent replicates=1 duration=100ms "
+    "output.perf_data=true tracking=none"
+)
+
 
 def provide(what: str, folder: Path) -> None:
     """Put into *folder* what a block says that it needs; nothing for an empty text."""
     if what == "trace":
         (folder / "host.trace").write_text(TRACE, encoding="utf-8")
+    elif what == "night":
+        shutil.copy(ROOT / "tests" / "data" / "host_numa.report.gz", folder / "host.trace.gz")
+        with tempfile.TemporaryDirectory() as name:
+            status, output = run(CAPTURE, Path(name))
+            assert status == 0, output
+            (capture,) = Path(name).glob("outputs/*/*/*.perf.data")
+            shutil.copy(capture, folder / "perf.data")
     elif what == "run":
         status, output = run("python -m spepolicy +policy=eager_pin replicates=2 duration=2ms", folder)
         assert status == 0, output
     else:
-        assert not what, f"needs={what}: known are trace and run"
+        assert not what, f"needs={what}: known are trace, run and night"

@@ -10,25 +10,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .pages import ELLIPSIS, ROOT, Block, as_shown, blocks, result_rows, run
+from .pages import ELLIPSIS, ROOT, Block, as_shown, blocks, elided, result_rows, run
 from .provided import PAGES, provide
 
 
 def _refreshed(block: Block) -> str:
-    """Return the text of a console block with the outputs of today. An output that has `...` is left as it is."""
+    """Return the text of a console block with the outputs of today, cut where it was cut."""
     text = ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         provide(block.word("needs"), folder)
         for command, shown in block.commands():
             text += f"$ {command}\n"
-            if f"{ELLIPSIS}\n" in shown:
-                text += shown
-                continue
             status, output = run(command, folder)
             if status != block.status:
                 raise SystemExit(f"{block.label}: exit status {status}, not {block.status}\n{output}")
-            text += as_shown(output, folder)
+            printed = as_shown(output, folder)
+            text += elided(shown, printed) if f"{ELLIPSIS}\n" in shown else printed
     return text
 
 

@@ -19,6 +19,7 @@ from spepolicy.plugins import installed_policies
 from spepolicy.recording import DEFAULT, shipped
 from spepolicy.usage import conf_names
 
+from . import picture
 from .pages import ROOT, Block, Row, as_shown, blocks, environment, matches, result_rows, run
 from .provided import PAGES, provide
 
@@ -32,8 +33,8 @@ def of_language(*languages: str) -> list[Any]:
 
 
 def named(*names: str) -> list[str]:
-    """Return the texts of the blocks of README.md that are files of these names."""
-    texts = {block.words[0]: block.text for block in blocks("README.md") if block.words}
+    """Return the texts of the blocks of plugins/README.md that are files of these names."""
+    texts = {block.words[0]: block.text for block in blocks("plugins/README.md") if block.words}
     return [texts[name] for name in names]
 
 
@@ -146,6 +147,13 @@ def test_the_example_policy_is_complete(install: Callable[..., Path], tmp_path: 
     assert len(list(tmp_path.glob("outputs/*/*/metrics.json"))) == 1
 
 
+def test_what_the_page_shows_of_it_is_part_of_it() -> None:
+    (source,) = named("keep_pin.py")
+    (excerpt,) = [block.text for block in blocks("README.md") if "excerpt" in block.words]
+    assert len(excerpt.splitlines()) > 5
+    assert excerpt in source
+
+
 @pytest.mark.slow
 def test_the_example_policy_does_what_the_page_says(install: Callable[..., Path], tmp_path: Path) -> None:
     """It pins less often than eager_pin does, and never goes black for long."""
@@ -159,21 +167,44 @@ def test_the_example_policy_does_what_the_page_says(install: Callable[..., Path]
     assert float(stolen[1]) < 0.7 * float(stolen[2])
 
 
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_picture_can_be_taken_again(tmp_path: Path) -> None:
+    """Of the same part of the page, and much the same: MLflow gives runs other colours and another order."""
+    from matplotlib.image import imread
+
+    pytest.importorskip("playwright.sync_api")
+    if picture.CHROMIUM is None:
+        pytest.skip("needs the browser chromium")
+    assert f"]({picture.PICTURE.relative_to(ROOT)})" in README
+    picture.take(tmp_path / "again.png")
+    shown, again = imread(picture.PICTURE), imread(tmp_path / "again.png")
+    assert again.shape == shown.shape
+    assert (abs(again - shown).max(axis=2) > 0.1).mean() < 0.15
+
+
 # ---- tables and links ------------------------------------------------------------------------------------------------
 
 
-def test_every_policy_of_the_table_is_shipped() -> None:
-    """plugins/README.md lists all of them (test_guides.py)."""
+def test_the_table_has_the_policies_that_are_shipped() -> None:
     table = README.partition("\n## Policies\n")[2].partition("\n## ")[0]
     shipped_here = {name for name, info in installed_policies().items() if info.distribution == "spepolicy"}
-    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert {"bare_metal", "pin_vm", "eager_pin", "pin_on_fault"} <= named <= shipped_here
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == shipped_here
+
+
+def test_the_number_of_scenarios_is_that_of_the_catalogue() -> None:
+    from spepolicy.catalogue.case import read_catalogue
+
+    cases, _ = read_catalogue()
+    assert f" {len(cases)} scenarios " in README
 
 
 def test_every_group_has_a_row_with_its_files() -> None:
     from spepolicy.schema import GROUPS
 
-    table = README.partition("\n## Configuration\n")[2].partition("\n## ")[0]
+    table = (ROOT / "conf" / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
     found = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", table, re.MULTILINE))
     assert set(found) == set(GROUPS)
     for group, files in found.items():
@@ -181,7 +212,7 @@ def test_every_group_has_a_row_with_its_files() -> None:
 
 
 def test_every_recording_is_named() -> None:
-    section = README.partition("\n## Your own host\n")[2].partition("\n## ")[0]
+    section = README.partition("\n## Your own host, your own capture\n")[2].partition("\n## ")[0]
     assert f"`host.path={DEFAULT}` (the default)" in section
     assert all(f"`{name}`" in section or f"`host.path={name}`" in section for name in shipped())
     assert "Nine recordings" in section

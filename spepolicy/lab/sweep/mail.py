@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from spepolicy.lab.run import CHOSEN
 from spepolicy.lab.sweep.comparison import conclusions
 from spepolicy.lab.sweep.identity import provenance
-from spepolicy.lab.sweep.summary import HEADLINES, cell_text
+from spepolicy.lab.sweep.summary import HEADLINES, cell_text, survival
 
 if TYPE_CHECKING:
     from spepolicy.lab.sweep.collect import Outcome
@@ -34,6 +34,8 @@ def mail_text(summary: SweepSummary) -> str:
     parts.append("\n".join(_wrapped(line.replace("`", ""), "* ") for line in said[:MOST_CONCLUSIONS]))
     if len(said) > MOST_CONCLUSIONS:
         parts.append(f"{len(said) - MOST_CONCLUSIONS:,} more pairs are in report.html.")
+    if summary.verdicts:
+        parts.append("\n".join(survival(summary, COLUMNS)))
     parts.append("Errata that occurred:\n" + "\n".join(_errata(shown)))
     parts += [_wrapped(note) for note in summary.notes]
     if summary.interrupted:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spepolicy.lab.sweep.run import SweepSummary
     from spepolicy.lab.sweep.sensitivity import Verdict
 
-__all__ = ["HEADLINES", "cell_text", "summarize"]
+__all__ = ["HEADLINES", "cell_text", "summarize", "survival"]
 
 MOST_ROWS = 40
 MOST_FLIPS = 10
@@ -38,7 +38,7 @@ def summarize(summary: SweepSummary) -> str:
     lines += _refused(summary)
     lines += _cannot_run(summary)
     if summary.verdicts:
-        lines += [*_survival(summary), ""]
+        lines += [*survival(summary), ""]
     for note in summary.notes:
         lines += textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="      ")
     return "\n".join([*lines, *_places(summary)])
@@ -100,19 +100,20 @@ def _table(summary: SweepSummary) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
-def _survival(summary: SweepSummary) -> list[str]:
-    """Which conclusions do not survive the ranges of the cost constants, and where they end."""
+def survival(summary: SweepSummary, width: int = WIDTH) -> list[str]:
+    """Return lines of at most *width* columns: which conclusions survive the ranges of the costs, where others end."""
     conclusions = {verdict.conclusion for verdict in summary.verdicts}
     weak = [verdict for verdict in summary.verdicts if not verdict.survives()]
     survivors = len(conclusions - {verdict.conclusion for verdict in weak})
-    lines = [f"{survivors:,} of {len(conclusions):,} clear differences survive the whole range of every cost constant."]
+    text = f"{survivors:,} of {len(conclusions):,} clear differences survive the whole range of every cost constant."
+    lines = textwrap.wrap(text, width)
     labels = {key: outcome.label() for key, outcome in summary.outcomes.items()}
     for verdict in weak[:MOST_FLIPS]:
         conclusion = verdict.conclusion
         one, other = labels[conclusion.one], labels[conclusion.other]
         more = "more" if conclusion.sign() > 0 else "less"
         text = f"{one} has {more} {conclusion.metric} than {other}, but not with {_places_of(verdict)}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
     if len(weak) > MOST_FLIPS:
         lines.append(f"  ... and {len(weak) - MOST_FLIPS:,} more in sensitivity.csv")
     return lines
