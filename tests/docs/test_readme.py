@@ -20,7 +20,7 @@ from spepolicy.recording import DEFAULT, shipped
 from spepolicy.usage import conf_names
 
 from . import picture
-from .pages import ROOT, Block, Row, as_shown, blocks, environment, matches, result_rows, run
+from .pages import ROOT, Block, Row, as_shown, blocks, elided, environment, matches, result_rows, run
 from .provided import PAGES, provide
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +49,17 @@ def test_a_command_prints_what_the_page_shows(block: Block, tmp_path: Path) -> N
         assert status == block.status, output
         printed = as_shown(output, tmp_path)
         assert matches(shown, printed), f"\n{command}\nprinted\n{printed}\nthe page shows\n{shown}"
+
+
+def test_an_output_is_cut_again_where_it_was_cut() -> None:
+    """With the new numbers, and so that it matches; lines between two cuts are found though there are more before."""
+    shown = "begin 1\n...\nmean of a 2\nmean of b 3\n...\nend 4\n"
+    output = "begin 10\nx 1\ny 2\nz 3\nmean of a 20\nmean of b 30\nw 5\nend 40\n"
+    cut = elided(shown, output)
+    assert cut == "begin 10\n...\nmean of a 20\nmean of b 30\n...\nend 40\n"
+    assert matches(cut, output)
+    assert elided("begin 1\n...\n", output) == "begin 10\n...\n"
+    assert elided("...\nend 4\n", output) == "...\nend 40\n"
 
 
 @pytest.mark.parametrize("block", of_language("bash"))
