@@ -130,7 +130,7 @@ def as_shown(output: str, folder: Path) -> str:
     text = re.sub(
         r"(commit [0-9a-f]{12}(, with local changes)?|source [0-9a-f]{16})$", "commit COMMIT", text, flags=re.M
     )
-    text = re.sub(r"python [\d.]+( \w+ [\d.]+)+$", "python VERSION ...", text, flags=re.M)
+    text = re.sub(r"python [\d.]+( \w+ [\d.]+)+$", "python and packages: VERSIONS", text, flags=re.M)
     text = re.sub(r"(lanes in|:|composing,|simulating,) [\d.]+ s\b", r"\1 N s", text)
     text = re.sub(r"about [\d.]+ \w+ and [\d.]+\w+ of memory for lanes, on \d+ threads?", "about N s and N MiB", text)
     return "".join(line for line in text.splitlines(keepends=True) if not line.lower().startswith("compiling"))
@@ -150,6 +150,8 @@ def elided(shown: str, output: str) -> str:
     """
     parts = [part.splitlines() for part in re.split(rf"(?m)^{re.escape(ELLIPSIS)}\n", shown)]
     lines = output.splitlines()
+    if len(parts) == 1:
+        return output
     kept = [lines[: len(parts[0])]]
     at, end = len(parts[0]), len(lines) - len(parts[-1])
     for part in parts[1:-1]:

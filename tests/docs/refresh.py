@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .pages import ELLIPSIS, ROOT, Block, as_shown, blocks, elided, result_rows, run
+from .pages import ROOT, Block, as_shown, blocks, elided, result_rows, run
 from .provided import PAGES, provide
 
 
@@ -26,7 +26,7 @@ def _refreshed(block: Block) -> str:
             if status != block.status:
                 raise SystemExit(f"{block.label}: exit status {status}, not {block.status}\n{output}")
             printed = as_shown(output, folder)
-            text += elided(shown, printed) if f"{ELLIPSIS}\n" in shown else printed
+            text += elided(shown, printed)
     return text
 
 

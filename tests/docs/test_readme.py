@@ -60,6 +60,7 @@ def test_an_output_is_cut_again_where_it_was_cut() -> None:
     assert matches(cut, output)
     assert elided("begin 1\n...\n", output) == "begin 10\n...\n"
     assert elided("...\nend 4\n", output) == "...\nend 40\n"
+    assert elided("begin ...\n", output) == output
 
 
 @pytest.mark.parametrize("block", of_language("bash"))
