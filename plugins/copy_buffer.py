@@ -19,9 +19,10 @@ class CopyBuffer:
     along. (4) Once the guest's buffer is full KVM raises that event. copy says how: 'all' at the stop, from a buffer as
     large as the guest's; 'lazy', the guest's pages are taken away at stage 2 and copied when they are read;
     'chunked', a small buffer, copied whenever it is full; 'collision', the same, and the guest is told of the records
-    that were missed meanwhile by PMBSR_EL1.COLL.
-    Source: A. Elisei, "A new approach for SPE support", 23 Nov 2022 (kvm.md P7, 7a, 7b, 7d), M. Rutland, 4 Jan 2023
-    (7e, 7g).
+    that were missed meanwhile by PMBSR_EL1.COLL. With tell_vmm the VMM learns that the guest's buffer is the larger
+    one: it may give KVM another limit, or leave it.
+    Source: A. Elisei, "A new approach for SPE support", 23 Nov 2022 (kvm.md P7, 7a, 7b, 7d, 7f), M. Rutland, 4 Jan
+    2023 (7e, 7g).
     Needs: a software walk of stage 1; FEAT_FGT for hide_ownership; no pins, no notifier change.
     Costs: a copy of every byte; host memory a vCPU; every access to PMB* traps; with 'chunked' and 'collision' a gap
     per chunk.
@@ -38,6 +39,11 @@ class CopyBuffer:
         default=64,
         metadata=doc("KVM's own buffer a vCPU, with copy=chunked and copy=collision", unit="KiB", minimum=8,
                      maximum=65536),
+    )  # fmt: skip
+    tell_vmm: bool = field(
+        default=False,
+        metadata=doc("exit to the VMM whenever the guest's buffer turns out to be larger than KVM's",
+                     source="kvm.md P7f"),
     )  # fmt: skip
     hide_ownership: bool = field(
         default=False, metadata=doc("trap PMBIDR_EL1 so that P reads 0", source="kvm.md P7g, G11")
@@ -77,6 +83,8 @@ class CopyBuffer:
         done.full.inject(Event.BUFFER_FULL)
         if self.copy == "collision":
             done.room.report_collision()
+        if self.tell_vmm:
+            done.room.exit_to_vmm()
         done.room.start_own_buffer(self._pages)
 
     @hookimpl

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from spepolicy.batch import Vcpus
-from spepolicy.drivers.simulate import simulate
+from spepolicy.drivers.simulate import record_lane, simulate
 from spepolicy.errors import HookError, UnsupportedPolicyError
 from spepolicy.hookspecs import Event, Ownership, hookimpl
 from spepolicy.machine.hostops import HostOp
+from spepolicy.machine.linux_spe import COLLISION
 from spepolicy.machine.scenario import Cpu, SessionMode
 from spepolicy.machine.state import LostCause
+from spepolicy.machine.trace import AUX
 
-from ..properties.scenarios import conserved
+from ..properties.scenarios import conserved, policy
 from .runs import FGT, LANES, MS, US, every, fresh, quiet, run
 
 COPIES = ("all", "lazy", "chunked", "collision")
@@ -78,12 +80,34 @@ def test_a_small_buffer_is_copied_chunk_by_chunk_with_a_gap_each() -> None:
 
 def test_what_was_missed_between_chunks_can_be_told_as_collisions() -> None:
     """The same records; the guest's driver sees PMBSR_EL1.COLL and flags the AUX data."""
-    where = quiet(guest=switching, cpu=Cpu(tlb_entries=1))
+    rare = replace(switching, period_ops=8192)  # so that the SPU has no collisions of its own
+    where = quiet(guest=rare, cpu=Cpu(tlb_entries=1), duration_ps=10 * MS)
     seen: dict[str, list[Any]] = {}
+    told: dict[str, int] = {}
     for copy in ("chunked", "collision"):
-        result = run("copy_buffer", where, copy=copy, buffer_KiB=8)
+        fields: dict[str, Any] = {"copy": copy, "buffer_KiB": 8}
+        result = run("copy_buffer", where, **fields)
         seen[copy] = [result.truth["digest"].tolist(), result.truth["kept"].tolist()]
+        assert result.truth["collided"][0].sum() == 0
+        rows = record_lane(where, policy("copy_buffer", **fields), name=copy, replicate=0).rows
+        flags = rows["detail"][rows["kind"] == AUX]
+        told[copy] = int(np.count_nonzero(flags & COLLISION))
     assert seen["chunked"] == seen["collision"]
+    assert told["chunked"] == 0
+    assert told["collision"] > 0, "PERF_AUX_FLAG_COLLISION, by PMBSR_EL1.COLL"
+
+
+@pytest.mark.parametrize("copy", ["chunked", "collision"])
+def test_the_vmm_can_be_told_that_the_guest_s_buffer_exceeds_kvm_s(copy: str) -> None:
+    """7f: an exit a chunk, which the host pays for; the guest's profile is what it is without."""
+    where = quiet(guest=switching)
+    silent, told = (run("copy_buffer", where, copy=copy, buffer_KiB=8, tell_vmm=it) for it in (False, True))
+    np.testing.assert_array_equal(told.truth["digest"], silent.truth["digest"])
+    exits = told.truth["hook_total_ps"] - silent.truth["hook_total_ps"]
+    assert (exits > 0).all()
+    assert (exits % where.costs.vmm_exit_ps == 0).all()
+    large = [run("copy_buffer", where, copy=copy, buffer_KiB=1024, tell_vmm=it).truth for it in (False, True)]
+    np.testing.assert_array_equal(large[0]["hook_total_ps"], large[1]["hook_total_ps"])
 
 
 def test_lazy_copies_what_is_read() -> None:
