@@ -61,9 +61,10 @@ _HOOK_NAMES = {
     Hook.MIGRATION_STARTED: "migration_started",
     Hook.MIGRATION_FINISHED: "migration_finished",
 }
-# Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay below half a
-# gigabyte.
-CHUNK_LANES = 512
+# Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay in memory that it has
+# touched before. Of 64, 128, 256 and 512 lanes, 256 was the fastest for eager_pin (samples a second of CPU time: 18.7,
+# 20.6, 22.8 and 16.1 M), and no other policy lost by it.
+CHUNK_LANES = 256
 _NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
 _VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
 _MIGRATION_HOOKS = (Hook.MIGRATION_STARTED, Hook.MIGRATION_FINISHED)
