@@ -88,7 +88,8 @@ if COMPILED:
 
         def on_start(self, compiling: Any) -> None:
             self._before.append((numba.config.LOOP_VECTORIZE, numba.config.SLP_VECTORIZE))
-            if compiling.data["dispatcher"].py_func.__module__.startswith("spepolicy."):
+            owner = compiling.data["dispatcher"].py_func.__module__ or ""  # none: made by exec() in a bare namespace
+            if owner.startswith("spepolicy."):
                 numba.config.LOOP_VECTORIZE = numba.config.SLP_VECTORIZE = 0
 
         def on_end(self, compiling: Any) -> None:
