@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from spepolicy.jit import COMPILED, cache_dir
-from spepolicy.machine import answers, own_buffer, toolbox, whole_vm
+from spepolicy.machine import answers, own_buffer, pinning, walking, whole_vm
 from spepolicy.machine.build import smallest_machine
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
@@ -44,26 +44,26 @@ def compile_tools() -> None:
     none = np.zeros(0, dtype=np.int64)
     handle = context(smallest_machine())
     start_lanes(handle, none)
-    toolbox.walk_stage1(handle, none, none, none, none, 0, 0)
-    toolbox.list_physical(handle, none, none, none, none)
-    toolbox.pin_fresh(handle, none, none, 0)
+    walking.walk_stage1(handle, none, none, none, none, 0, 0)
+    walking.list_physical(handle, none, none, none, none)
+    pinning.pin_fresh(handle, none, none, 0)
     for tool in (
-        toolbox.map_fresh, toolbox.unpin_previous, toolbox.unpin_current, toolbox.keep_previous, toolbox.release_idle,
-        toolbox.look, toolbox.exit_to_vmm,
+        pinning.map_fresh, pinning.unpin_previous, pinning.unpin_current, pinning.keep_previous, pinning.release_idle,
+        walking.look, answers.exit_to_vmm,
     ):  # fmt: skip
         tool(handle, none, none)
-    toolbox.set_timer(handle, none, none, none)
+    answers.set_timer(handle, none, none, none)
     own_buffer.start_own_buffer(handle, none, none, 0)
     own_buffer.copy_out(handle, none, none, 0)
-    toolbox.tell_guest(handle, none, none, 0, 0)
+    answers.tell_guest(handle, none, none, 0, 0)
     answers.answer(handle, none, none, 1)
-    toolbox.resume(handle, none, none)
-    toolbox.score_claims(handle, none, none)
+    answers.resume(handle, none, none)
+    answers.score_claims(handle, none, none)
     whole_vm.pin_all(handle, none, 0)
     whole_vm.mlock_all(handle, none, 0)
     whole_vm.map_all(handle, none)
     whole_vm.unpin_all(handle, none)
-    toolbox.release_all(handle, none)
+    pinning.release_all(handle, none)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from spepolicy.arch.registers import PMBSR_COLL
 from spepolicy.batch import Vcpus, Vms, tools
 from spepolicy.errors import ConfigurationError, HookError, SpePolicyError, UnsupportedPolicyError
 from spepolicy.hookspecs import Ownership, PolicySpec, Trap
-from spepolicy.machine import answers, own_buffer, toolbox, whole_vm
+from spepolicy.machine import answers, own_buffer, pinning, walking, whole_vm
 from spepolicy.machine.build import (
     Behaviour,
     allocate,
@@ -96,7 +96,7 @@ class Result:
     samples: int
     seconds: float
     memory: dict[str, int]
-    # CPU time of the worker threads, all lanes: everything, of it in hooks, and of that in the toolbox's compiled code
+    # CPU time of the worker threads, all lanes: everything, of it in hooks, and of that in the machine's tools
     busy_s: float = 0.0
     hook_s: float = 0.0
     tool_s: float = 0.0
@@ -143,22 +143,22 @@ class _Kit:
         return values
 
     def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool, one_range: bool) -> Ints:
-        return toolbox.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables), int(one_range))
+        return walking.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables), int(one_range))
 
     def list_physical(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints) -> Ints:
-        return toolbox.list_physical(self._m, lanes, vcpus, lo, hi)
+        return walking.list_physical(self._m, lanes, vcpus, lo, hi)
 
     def pin_fresh(self, lanes: Ints, vcpus: Ints, ignore_limit: bool) -> Ints:
-        return toolbox.pin_fresh(self._m, lanes, vcpus, int(ignore_limit))
+        return pinning.pin_fresh(self._m, lanes, vcpus, int(ignore_limit))
 
     def map_fresh(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return toolbox.map_fresh(self._m, lanes, vcpus)
+        return pinning.map_fresh(self._m, lanes, vcpus)
 
     def unpin_previous(self, lanes: Ints, vcpus: Ints) -> None:
-        toolbox.unpin_previous(self._m, lanes, vcpus)
+        pinning.unpin_previous(self._m, lanes, vcpus)
 
     def unpin_current(self, lanes: Ints, vcpus: Ints) -> None:
-        toolbox.unpin_current(self._m, lanes, vcpus)
+        pinning.unpin_current(self._m, lanes, vcpus)
 
     def pin_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
         return whole_vm.pin_all(self._m, lanes, int(ignore_limit))
@@ -167,22 +167,22 @@ class _Kit:
         whole_vm.unpin_all(self._m, lanes)
 
     def keep_previous(self, lanes: Ints, vcpus: Ints) -> None:
-        toolbox.keep_previous(self._m, lanes, vcpus)
+        pinning.keep_previous(self._m, lanes, vcpus)
 
     def release_idle(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return toolbox.release_idle(self._m, lanes, vcpus)
+        return pinning.release_idle(self._m, lanes, vcpus)
 
     def look(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return toolbox.look(self._m, lanes, vcpus)
+        return walking.look(self._m, lanes, vcpus)
 
     def trap_eret(self, lanes: Ints, vcpus: Ints, armed: bool) -> None:
         self._machine.vcpu["eret_trap"][lanes, vcpus] = int(armed)
 
     def set_timer(self, lanes: Ints, vcpus: Ints, delay_ps: Ints) -> None:
-        toolbox.set_timer(self._m, lanes, vcpus, delay_ps)
+        answers.set_timer(self._m, lanes, vcpus, delay_ps)
 
     def exit_to_vmm(self, lanes: Ints, vcpus: Ints) -> None:
-        toolbox.exit_to_vmm(self._m, lanes, vcpus)
+        answers.exit_to_vmm(self._m, lanes, vcpus)
 
     def start_own_buffer(self, lanes: Ints, vcpus: Ints, pages: int) -> None:
         own_buffer.start_own_buffer(self._m, lanes, vcpus, pages)
@@ -203,13 +203,13 @@ class _Kit:
         self._machine.vm["guest_memfd"][lanes] = 1
 
     def inject(self, lanes: Ints, vcpus: Ints, event: int, data_loss: bool) -> None:
-        toolbox.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
+        answers.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
 
     def fail(self, lanes: Ints, vcpus: Ints, failure: int) -> None:
         answers.answer(self._m, lanes, vcpus, failure)
 
     def resume(self, lanes: Ints, vcpus: Ints) -> None:
-        toolbox.resume(self._m, lanes, vcpus)
+        answers.resume(self._m, lanes, vcpus)
 
     def claim(self, lanes: Ints, vcpus: Ints, causes: Ints) -> None:
         self._machine.vcpu["claim"][lanes, vcpus] = causes
@@ -309,7 +309,7 @@ class _Chunk:
             run_lanes(self.handle, waiting)
             waiting = self.answer(waiting)
         self.collect_windows(self.lanes)
-        toolbox.release_all(self.handle, self.lanes)
+        pinning.release_all(self.handle, self.lanes)
         self.busy_s = time.thread_time() - begin
 
     def collect_windows(self, lanes: Ints) -> None:
@@ -392,7 +392,7 @@ def call_hook(
                 "an answer. Rule: every vCPU of the batch is resumed or told. "
                 "Remedy: call faults.resume() or faults.inject(...)."
             )
-        toolbox.score_claims(handle, lanes, vcpus)
+        answers.score_claims(handle, lanes, vcpus)
     return kit.spent_s
 
 

@@ -24,6 +24,15 @@ _WINDOWS = int(GuestDriver.WINDOWS)  # its driver has no handler: PMBIRQ stays m
 
 
 @jit
+def charge(m: Machine, i: int, k: int, cost_ps: int) -> None:
+    """A tool of the policy takes time of the host."""
+    v = vcpu_row(m, i, k)
+    tr = truth_row(m, i, k)
+    v.host_ps += cost_ps
+    tr.hook_total_ps += cost_ps
+
+
+@jit
 def access(m: Machine, i: int, k: int, pmb: int, pms: int) -> None:
     """The guest accesses *pmb* buffer and *pms* sampling registers; those that trap cost an exit each (spe.md 1.11)."""
     par = params(m, i)

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from spepolicy.arch.registers import PMBLIMITR_E, PMBLIMITR_LIMIT, PMBSR_COLL
 from spepolicy.jit import entry, jit
 from spepolicy.machine.host import DEFERRED, DIRTY, NOTIFIED, invalidate_tlb, resident
+from spepolicy.machine.kvm import charge
 from spepolicy.machine.linux_spe import settle_records
 from spepolicy.machine.pagetables import unmap_ipa, va_leaf
 from spepolicy.machine.rows import host_page, params, pool, truth_row, vcpu_row, vm_row
 from spepolicy.machine.spu import drain, hold_counter
 from spepolicy.machine.state import NEVER, Machine
-from spepolicy.machine.toolbox import charge, leaf_status
+from spepolicy.machine.walking import leaf_status
 from spepolicy.mmu.walker import FSC_MASK, OA_MASK, STAGE1
 
 Ints = NDArray[np.int64]

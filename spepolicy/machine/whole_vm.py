@@ -1,6 +1,6 @@
 """Tools that act on all memory of a VM before it runs, and when it is gone: policies of 2020, 2021 and 2026.
 
-`lanes` is int64[n]; results are int64[n], `PIN_*` of `spepolicy.machine.toolbox`. Their time is start-up time.
+`lanes` is int64[n]; results are int64[n], `PIN_*` of `spepolicy.machine.pinning`. Their time is start-up time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from spepolicy.machine.host import (
 )
 from spepolicy.machine.hostpage import READ_ONLY_VMA
 from spepolicy.machine.pagetables import ipa_middle
+from spepolicy.machine.pinning import PIN_NO_PAGE, PIN_OVER_LIMIT, account_pins, maps_writable, pin_pages
 from spepolicy.machine.rows import host_page, params, pool, vcpu_row, vm_row
 from spepolicy.machine.state import Machine
-from spepolicy.machine.toolbox import PIN_NO_PAGE, PIN_OVER_LIMIT, account_pins, maps_writable, pin_pages
 from spepolicy.machine.trace import PINNED, UNPINNED, ZERO, log
 from spepolicy.mmu.tables import leaf_descriptor
 

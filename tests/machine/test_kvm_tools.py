@@ -262,22 +262,22 @@ def test_an_ignored_event_reaches_the_guest_as_the_hardware_has_it(driver: int, 
 
 def pin(bench: Bench, first: int, last: int) -> None:
     lo, hi = (np.array([bench.start + n * PAGE]) for n in (first, last))
-    assert use(bench, "toolbox.walk_stage1", lo, hi, 0, 0) == 0
-    assert use(bench, "toolbox.pin_fresh", 0) == 0
+    assert use(bench, "walking.walk_stage1", lo, hi, 0, 0) == 0
+    assert use(bench, "pinning.pin_fresh", 0) == 0
 
 
 def test_a_kept_set_grows_and_its_range_holds_both() -> None:
     bench = Bench(virtualized=True)
     pin(bench, 2, 4)
-    use(bench, "toolbox.keep_previous")
+    use(bench, "pinning.keep_previous")
     assert (int(bench.v.pin_lo), int(bench.v.pin_hi)) == (bench.start + 2 * PAGE, bench.start + 4 * PAGE)
     pin(bench, 0, 1)
-    use(bench, "toolbox.keep_previous")
+    use(bench, "pinning.keep_previous")
     assert (int(bench.v.pin_lo), int(bench.v.pin_hi)) == (bench.start, bench.start + 4 * PAGE)
     listed = bench.m.pins[0, 0, int(bench.v.pin_list), : int(bench.v.pin_count)].tolist()
     assert listed == [bench.buffer_page(n) for n in (2, 3, 0)]
     assert pins(bench) == int(bench.vm.pinned_pages) == 3
-    use(bench, "toolbox.unpin_current")
+    use(bench, "pinning.unpin_current")
     assert (pins(bench), int(bench.v.pin_count)) == (0, 0)
 
 
@@ -288,11 +288,11 @@ def test_a_full_list_gives_up_the_set_before() -> None:
     held = 0
     while held + 4 <= rooms:
         pin(bench, 0, 4)
-        use(bench, "toolbox.keep_previous")
+        use(bench, "pinning.keep_previous")
         held += 4
         assert int(bench.v.pin_count) == held
     pin(bench, 0, 4)
-    use(bench, "toolbox.keep_previous")
+    use(bench, "pinning.keep_previous")
     assert int(bench.v.pin_count) == pins(bench) == int(bench.vm.pinned_pages) == 4
 
 
@@ -302,16 +302,16 @@ def test_idle_sets_are_those_of_other_vcpus_with_a_disabled_buffer(enabled: int)
     bench = Bench(virtualized=True, guest={"vcpus": 2})
     other = module("machine.rows").vcpu_row(bench.m, 0, 1)
     second = np.ones(1, dtype=np.int64)
-    tools = module("machine.toolbox")
+    walking, pinning = module("machine.walking"), module("machine.pinning")
     lo = np.array([int(other.buffer_va)])
-    tools.walk_stage1(bench.m, ONE, second, lo, lo + 2 * PAGE, 0, 0)
-    tools.pin_fresh(bench.m, ONE, second, 0)
-    tools.unpin_previous(bench.m, ONE, second)
+    walking.walk_stage1(bench.m, ONE, second, lo, lo + 2 * PAGE, 0, 0)
+    pinning.pin_fresh(bench.m, ONE, second, 0)
+    pinning.unpin_previous(bench.m, ONE, second)
     pin(bench, 0, 1)
-    use(bench, "toolbox.unpin_previous")
+    use(bench, "pinning.unpin_previous")
     other.pmblimitr = int(other.buffer_va) + 4 * PAGE | enabled
     mine, others = int(bench.v.host_ps), int(other.host_ps)
-    assert use(bench, "toolbox.release_idle") == (0 if enabled else 2)
+    assert use(bench, "pinning.release_idle") == (0 if enabled else 2)
     assert int(other.pin_count) == (2 if enabled else 0)
     assert int(bench.v.pin_count) == 1
     assert int(bench.v.host_ps) - mine == (0 if enabled else 2 * bench.par.unpin_page_ps)
@@ -321,38 +321,38 @@ def test_idle_sets_are_those_of_other_vcpus_with_a_disabled_buffer(enabled: int)
 def test_a_timer_is_due_after_host_time_and_can_be_taken_back() -> None:
     bench = Bench(virtualized=True)
     bench.v.now_ps, bench.v.host_ps = 7 * OP_PS, 1000
-    use(bench, "toolbox.set_timer", np.array([50]))
+    use(bench, "answers.set_timer", np.array([50]))
     assert int(bench.v.timer_ps) == 7 * OP_PS + 1050
-    use(bench, "toolbox.set_timer", np.array([0]))
+    use(bench, "answers.set_timer", np.array([0]))
     assert int(bench.v.timer_ps) == 7 * OP_PS + 1000
-    use(bench, "toolbox.set_timer", np.array([-1]))
+    use(bench, "answers.set_timer", np.array([-1]))
     assert bench.v.timer_ps == NEVER
 
 
 def test_an_exit_to_the_vmm_costs_one() -> None:
     bench = Bench(virtualized=True)
-    use(bench, "toolbox.exit_to_vmm")
+    use(bench, "answers.exit_to_vmm")
     assert int(bench.v.host_ps) == int(bench.tr.hook_total_ps) == int(bench.par.vmm_exit_ps)
 
 
 def test_looking_finds_the_first_page_on_the_way_that_stage_2_does_not_have() -> None:
     missing, table, listed, notified, in_range = (
-        getattr(module("machine.toolbox"), f"LOOK_{name}")
+        getattr(module("machine.walking"), f"LOOK_{name}")
         for name in ("MISSING", "TABLE", "LISTED", "NOTIFIED", "IN_RANGE")
     )
     bench = Bench(virtualized=True)
     before = int(bench.v.host_ps)
-    assert use(bench, "toolbox.look") == 0
+    assert use(bench, "walking.look") == 0
     assert int(bench.v.host_ps) - before == 4 * bench.par.walk_read_ps
     pin(bench, 0, 2)
-    use(bench, "toolbox.unpin_previous")
-    assert use(bench, "toolbox.look") == in_range
+    use(bench, "pinning.unpin_previous")
+    assert use(bench, "walking.look") == in_range
     bench.call("host.operate_on_page", int(HostOp.NUMA_SCAN), bench.buffer_page(0))
-    assert use(bench, "toolbox.look") == in_range | missing | listed | notified
-    use(bench, "toolbox.unpin_current")
-    assert use(bench, "toolbox.look") == missing | notified
+    assert use(bench, "walking.look") == in_range | missing | listed | notified
+    use(bench, "pinning.unpin_current")
+    assert use(bench, "walking.look") == missing | notified
     bench.v.pmbptr = bench.start + 3 * PAGE
-    assert use(bench, "toolbox.look") == 0
+    assert use(bench, "walking.look") == 0
     for page in np.flatnonzero(bench.m.host_page[0] >> 57 == 1).tolist():  # the table that only the buffer uses
         bench.call("host.operate_on_page", int(HostOp.NUMA_SCAN), page)
-    assert use(bench, "toolbox.look") == missing | table | notified
+    assert use(bench, "walking.look") == missing | table | notified

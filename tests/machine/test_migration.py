@@ -42,11 +42,11 @@ def step(b: Bench, name: str, *arguments: Any) -> Any:
 
 
 def pin(b: Bench, first: int, last: int) -> int:
-    toolbox = module("machine.toolbox")
+    walking, pinning = module("machine.walking"), module("machine.pinning")
     lo, hi = (np.array([b.start + n * PAGE]) for n in (first, last))
-    assert toolbox.walk_stage1(b.m, ONE, ONE, lo, hi, 0, 0)[0] == 0
-    status = int(toolbox.pin_fresh(b.m, ONE, ONE, 0)[0])
-    toolbox.unpin_previous(b.m, ONE, ONE)
+    assert walking.walk_stage1(b.m, ONE, ONE, lo, hi, 0, 0)[0] == 0
+    status = int(pinning.pin_fresh(b.m, ONE, ONE, 0)[0])
+    pinning.unpin_previous(b.m, ONE, ONE)
     return status
 
 
@@ -234,7 +234,7 @@ def test_m1_nothing_is_pinned_or_mapped_for_spe_in_a_slot_that_logs() -> None:
     b = migrating(Handling.NOT_MAPPED)
     assert pin(b, 0, 4) == 0
     step(b, "start")
-    assert pin(b, 0, 4) == module("machine.toolbox").PIN_NO_PAGE
+    assert pin(b, 0, 4) == module("machine.pinning").PIN_NO_PAGE
     assert b.vm.migration_outcome == 0
     assert pin(migrating(), 0, 4) == 0
 

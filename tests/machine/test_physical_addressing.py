@@ -96,7 +96,7 @@ def test_a_remapped_page_is_not_followed() -> None:
 
 
 def listed(bench: Bench, lo: int, hi: int) -> tuple[int, list[int]]:
-    status = module("machine.toolbox").list_physical(bench.m, ONE, ONE, np.array([lo]), np.array([hi]))
+    status = module("machine.walking").list_physical(bench.m, ONE, ONE, np.array([lo]), np.array([hi]))
     v = bench.v
     return int(status[0]), bench.m.pins[0, 0, 1 - int(v.pin_list), : int(v.pin_fresh)].tolist()
 
@@ -115,9 +115,9 @@ def test_rule_51_a_range_is_listed_without_a_walk() -> None:
 
 
 def test_look_needs_no_table_on_the_way() -> None:
-    toolbox = module("machine.toolbox")
+    walking = module("machine.walking")
     bench = physical()
     page = (bench.start >> 12) - int(bench.par.ram_page0)
-    assert int(toolbox.look(bench.m, ONE, ONE)[0]) == 0
+    assert int(walking.look(bench.m, ONE, ONE)[0]) == 0
     bench.edit_stage2(page, lambda d: 0)
-    assert int(toolbox.look(bench.m, ONE, ONE)[0]) == toolbox.LOOK_MISSING
+    assert int(walking.look(bench.m, ONE, ONE)[0]) == walking.LOOK_MISSING

@@ -317,7 +317,7 @@ def test_rule_31_a_record_that_was_cut_is_not_continued() -> None:
     assert cut < bench.v.pmbptr == bench.start + PAGE
     bench.edit_stage2(page, lambda d: descriptor)
     one = np.zeros(1, dtype=np.int64)
-    module("machine.toolbox").resume(bench.m, one, one)
+    module("machine.answers").resume(bench.m, one, one)
     before = len(log_of(bench))
     bench.write_records(2)
     pointers = [a for kind, _, a, _ in log_of(bench)[before:] if kind == LogKind.WRITTEN]

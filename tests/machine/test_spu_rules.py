@@ -390,7 +390,7 @@ def test_rule_45_after_a_fault_with_dl_0_the_stream_goes_on_where_it_stopped(n: 
 
 def _resume(bench: Bench) -> None:
     one = np.zeros(1, dtype=np.int64)
-    module("machine.toolbox").resume(bench.m, one, one)
+    module("machine.answers").resume(bench.m, one, one)
 
 
 def test_rule_45_buffer_full_goes_on_when_the_limit_is_raised() -> None:

@@ -22,14 +22,15 @@ OK, OVER_LIMIT, NO_PAGE = 0, 1, 2
 
 
 def tool(bench: Bench, name: str, *arguments: Any) -> Any:
-    """Use a tool on the one vCPU of *bench*."""
-    return getattr(module("machine.toolbox"), name)(bench.m, ONE, ONE, *arguments)
+    """Use `MODULE.TOOL` on the one vCPU of *bench*."""
+    where, _, name = name.partition(".")
+    return getattr(module(f"machine.{where}"), name)(bench.m, ONE, ONE, *arguments)
 
 
 def walk(bench: Bench, first: int, last: int, tables: bool = False) -> int:
     """Walk buffer pages first..last-1; return the status."""
     lo, hi = (np.array([bench.start + n * PAGE]) for n in (first, last))
-    return int(tool(bench, "walk_stage1", lo, hi, int(tables), 0)[0])
+    return int(tool(bench, "walking.walk_stage1", lo, hi, int(tables), 0)[0])
 
 
 class Pins(RuleBasedStateMachine):
@@ -50,7 +51,7 @@ class Pins(RuleBasedStateMachine):
         wanted = self.pages[first:last]
         assert walk(self.bench, first, last) == 0
         gone = any(int(self.bench.m.host_page[0, page]) & module("machine.host").HOLE for page in wanted)
-        status = int(tool(self.bench, "pin_fresh", 0)[0])
+        status = int(tool(self.bench, "pinning.pin_fresh", 0)[0])
         if len(self.current) + len(wanted) > LIMIT:
             assert status == OVER_LIMIT
         elif gone:
@@ -60,14 +61,14 @@ class Pins(RuleBasedStateMachine):
             self.peak = max(self.peak, len(self.current) + len(wanted))
             for page in wanted:
                 assert self.bench.stage2_leaf(page) & 0x81 == 0x81, "mapped and writable"
-            tool(self.bench, "unpin_previous")
+            tool(self.bench, "pinning.unpin_previous")
             self.current = wanted
         if then == "drop":
             self.unpin()
 
     @rule()
     def unpin(self) -> None:
-        tool(self.bench, "unpin_current")
+        tool(self.bench, "pinning.unpin_current")
         self.current = []
 
     @rule(
@@ -100,13 +101,13 @@ def test_pinned_page_time_is_the_integral_over_host_time() -> None:
     for cost in ("walk_read_ps", "pin_page_ps", "unpin_page_ps"):
         setattr(bench.par, cost, 0)
     walk(bench, 0, 3)
-    tool(bench, "pin_fresh", 0)
-    tool(bench, "unpin_previous")
+    tool(bench, "pinning.pin_fresh", 0)
+    tool(bench, "pinning.unpin_previous")
     bench.v.now_ps += 5_000_000
     bench.v.host_ps += 2_000_000
-    tool(bench, "unpin_current")
+    tool(bench, "pinning.unpin_current")
     bench.v.now_ps += 10_000_000
-    module("machine.toolbox").release_all(bench.m, ONE)
+    module("machine.pinning").release_all(bench.m, ONE)
     assert bench.vm.pinned_page_ps == 3 * 7_000_000 // 1000
     assert bench.vm.pinned_pages == 0
 
@@ -123,15 +124,15 @@ def test_costs_are_charged_for_what_is_done() -> None:
         return int(v.host_ps) - before
 
     assert cost(lambda: walk(bench, 0, 4)) == (4 + 3) * par.walk_read_ps
-    assert cost(lambda: tool(bench, "pin_fresh", 0)) == 4 * par.pin_page_ps
-    tool(bench, "unpin_previous")
-    assert cost(lambda: tool(bench, "unpin_current")) == 4 * par.unpin_page_ps
+    assert cost(lambda: tool(bench, "pinning.pin_fresh", 0)) == 4 * par.pin_page_ps
+    tool(bench, "pinning.unpin_previous")
+    assert cost(lambda: tool(bench, "pinning.unpin_current")) == 4 * par.unpin_page_ps
     for op, more in ((HostOp.MPROTECT, 0), (HostOp.RECLAIM, par.swap_in_ps), (HostOp.KSM, par.copy_page_ps)):
         bench.call("host.operate_on_page", int(op), bench.buffer_page(0))
         walk(bench, 0, 1)
-        assert cost(lambda: tool(bench, "map_fresh")) == par.map_page_ps + more
+        assert cost(lambda: tool(bench, "pinning.map_fresh")) == par.map_page_ps + more
         walk(bench, 0, 1)
-        assert cost(lambda: tool(bench, "map_fresh")) == 0
+        assert cost(lambda: tool(bench, "pinning.map_fresh")) == 0
     assert bench.v.host_ps == bench.tr.hook_total_ps
 
 
@@ -146,7 +147,7 @@ def test_a_failed_walk_is_shown_to_the_guest_as_the_hardware_would(edit: Any, fs
     status = walk(bench, 0, 4)
     assert status == bench.translate(bench.start + broken * PAGE)[0]
     assert status & 0x3F == fsc
-    tool(bench, "tell_guest", int(Event.STAGE1_ABORT), 0)
+    tool(bench, "answers.tell_guest", int(Event.STAGE1_ABORT), 0)
     assert bench.syndrome | {"COLL": 0} == {"EC": 0x24, "DL": 0, "EA": 0, "S": 1, "COLL": 0, "MSS": fsc}
     assert bench.v.guest_pmbsr == bench.v.pmbsr
     assert bench.v.virq == 1
@@ -158,7 +159,7 @@ def test_dl_is_forged_only_where_no_record_was_cut(cut: bool, told: bool) -> Non
     """The hardware's DL stays in the syndrome; DL that KVM adds by itself is counted."""
     bench = Bench(virtualized=True)
     bench.v.pmbsr = 0x25 << 26 | int(cut) << 19 | 1 << 17 | 7
-    tool(bench, "tell_guest", int(Event.IMPDEF), int(told))
+    tool(bench, "answers.tell_guest", int(Event.IMPDEF), int(told))
     assert bench.syndrome["DL"] == int(cut or told)
     assert bench.tr.forged_loss == int(told and not cut)
 
