@@ -35,10 +35,11 @@ from spepolicy.machine.build import (
     share,
     shared_key,
 )
+from spepolicy.machine.fields import WINDOW
 from spepolicy.machine.lane import run_lanes, start_lanes
 from spepolicy.machine.rows import context
 from spepolicy.machine.scenario import Scenario
-from spepolicy.machine.state import WINDOW, Hook, Machine
+from spepolicy.machine.state import Hook, Machine
 from spepolicy.machine.trace import LOG
 from spepolicy.platforms import why_unsupported
 

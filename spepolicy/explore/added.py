@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.errors import HookError
-from spepolicy.machine.state import VCPU, VM
+from spepolicy.machine.fields import VCPU, VM
 
 Ints = NDArray[np.int64]
 
@@ -28,7 +28,7 @@ class States:
         return len(self._images)
 
     def vm(self, field: str) -> Ints:
-        """Return a field of the VM, int64[n]: see `spepolicy.machine.state`."""
+        """Return a field of the VM, int64[n]: see `spepolicy.machine.fields`."""
         return self._column("vm", VM.names or (), field, 0)
 
     def vcpu(self, field: str, k: int = 0) -> Ints:
@@ -42,7 +42,7 @@ class States:
 
     def _column(self, section: str, names: tuple[str, ...], field: str, offset: int) -> Ints:
         if field not in names:
-            raise HookError(f"states have no field {section} '{field}'. Rule: one of spepolicy.machine.state.")
+            raise HookError(f"states have no field {section} '{field}'. Rule: one of spepolicy.machine.fields.")
         column: Ints = self._images[:, self._image.offset(section) + offset + names.index(field)].copy()
         return column
 

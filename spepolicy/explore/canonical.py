@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.jit import inline, jit
+from spepolicy.machine.fields import VCPU
 from spepolicy.machine.hostpage import FRAME, KSM_FRAME, PRESENT, ZERO_FRAME
 from spepolicy.machine.rows import params
-from spepolicy.machine.state import STRAY, VCPU, Machine
+from spepolicy.machine.state import STRAY, Machine
 from spepolicy.mmu.tables import S2_LEAF
 from spepolicy.mmu.walker import OA_MASK, S2_WRITE, VALID
 

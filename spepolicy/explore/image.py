@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from spepolicy.explore.acts import Aux
 from spepolicy.jit import entry
+from spepolicy.machine.fields import PARAMS, VCPU, VM
 from spepolicy.machine.hostops import Backing
 from spepolicy.machine.hostpage import FRAME
 from spepolicy.machine.layout import guest_page
 from spepolicy.machine.pagetables import ipa_entry
 from spepolicy.machine.rows import context, params, pool
-from spepolicy.machine.state import PARAMS, VCPU, VM, Machine
+from spepolicy.machine.state import Machine
 from spepolicy.mmu.memory import KEY, SLOT_SHIFT
 from spepolicy.mmu.tables import STAGE2_FRAME0
 

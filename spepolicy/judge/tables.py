@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from spepolicy.judge.blackout import CAUSES, mean_interval_ops
 from spepolicy.judge.lanes import lane_sum, vcpu_host_ps
 from spepolicy.judge.metrics import Measured
+from spepolicy.machine.fields import TRUTH
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.state import LOST_CAUSES, TRUTH
+from spepolicy.machine.state import LOST_CAUSES
 
 if TYPE_CHECKING:
     from spepolicy.drivers.simulate import Result

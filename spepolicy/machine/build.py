@@ -20,10 +20,11 @@ from spepolicy.arch.registers import REGISTERS
 from spepolicy.arch.versions import Feature, features_of
 from spepolicy.machine.draw import exponential_table, stream_key
 from spepolicy.machine.effects import effects
+from spepolicy.machine.fields import PARAMS, TRUTH, VCPU, VM, WINDOW
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.hostpage import NEW_FRAME0
 from spepolicy.machine.scenario import PAGE_BYTES, Guest, HostKind, MigrationKind, Scenario, Workload
-from spepolicy.machine.state import LOST_CAUSES, NEVER, PARAMS, TRUTH, VCPU, VM, WINDOW, WINDOW_LOG, Machine
+from spepolicy.machine.state import LOST_CAUSES, NEVER, WINDOW_LOG, Machine
 from spepolicy.mmu.memory import FREE
 from spepolicy.mmu.regime import STAGE
 from spepolicy.mmu.walker import STATE

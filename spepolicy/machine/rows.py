@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from spepolicy.jit import COMPILED, numba
-from spepolicy.machine.state import PARAMS, TRUTH, VCPU, VM, WINDOW, Machine
+from spepolicy.machine.fields import PARAMS, TRUTH, VCPU, VM, WINDOW
+from spepolicy.machine.state import Machine
 from spepolicy.mmu.regime import STAGE
 from spepolicy.mmu.walker import STATE
 

@@ -10,10 +10,10 @@ import pytest
 from spepolicy.explore import expand
 from spepolicy.explore.bench import Bench
 from spepolicy.explore.image import VCPU_PASSING, VM_NAMES, VM_PASSING
+from spepolicy.machine.fields import VCPU, VM
 from spepolicy.machine.hostops import Backing
 from spepolicy.machine.hostpage import FRAME
 from spepolicy.machine.scenario import MigrationKind
-from spepolicy.machine.state import VCPU, VM
 from spepolicy.mmu.walker import OA_MASK, VALID
 
 from .conftest import model_of

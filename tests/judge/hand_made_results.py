@@ -10,9 +10,10 @@ import numpy as np
 
 from spepolicy.alias import TABLE_DRAWS, alias_table
 from spepolicy.drivers.simulate import Result
+from spepolicy.machine.fields import TRUTH, VCPU, VM, WINDOW
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Guest, OpType, Scenario, Workload
-from spepolicy.machine.state import LOST_CAUSES, NEVER, TRUTH, VCPU, VM, WINDOW, LostCause
+from spepolicy.machine.state import LOST_CAUSES, NEVER, LostCause
 
 MS = 1_000_000_000  # ps
 SECOND = 1000 * MS
