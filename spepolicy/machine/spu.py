@@ -18,7 +18,8 @@ from spepolicy.arch.registers import (
     PMSIRR_INTERVAL,
     PMSIRR_RND,
 )
-from spepolicy.jit import jit
+from spepolicy.jit import cell, jit, widen
+from spepolicy.jit import word as element
 from spepolicy.machine.draw import draw
 from spepolicy.machine.pick import is_plain, pick
 from spepolicy.machine.rows import (
@@ -123,28 +124,9 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
     collided = 0
     reached = until_ps
     while True:
-        if flight != 0 and busy <= until_ps and busy <= select:
-            size = fixed if fixed != 0 else record_bytes(par, kinds[outcome])
-            if plain and pointer >> 12 == page and (pointer + size - 1) >> 12 == page and pointer + size <= last_start:
-                flight = 0
-                histogram[functions[outcome]] += 1
-                digest = (digest ^ word(outcome, latency, pointer)) * _DIGEST
-                pointer += size
-                written += 1
-                continue
-            v.sample_draws, v.select_ps, v.busy_until_ps, v.flight = draws, select, busy, flight
-            v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
-            book(tr, written)
-            tr.survived += written
-            written = 0
-            if complete(m, i, k, busy):
-                reached = busy
-                flight = v.flight
-                pointer, digest = v.pmbptr, tr.digest
+        if flight == 0 or select < busy:
+            if select > until_ps:
                 break
-            flight, pointer, page, digest = v.flight, v.pmbptr, v.tlb_page, tr.digest
-            plain = plain and v.late_syndrome == 0
-        elif select <= until_ps:
             bits = draw(key, draws)
             draws += 1
             selected += 1
@@ -162,17 +144,41 @@ def sample_until(m: Machine, i: int, k: int, until_ps: int) -> int:
                     log_at(m, i, k, at, COLLIDED, ZERO, ZERO, ZERO)
                 continue
             slot = (bits >> 8) & 0xFF
-            outcome = choice[slot, 0] if (bits >> 16) & 0xFF_FFFF < threshold[slot] else choice[slot, 1]
+            # Computed, not branched on: which of the two it is cannot be predicted.
+            outcome = cell(choice, slot, widen((bits >> 16) & 0xFF_FFFF >= element(threshold, slot)))
             if not evenly:
                 outcome = pick(m, i, k, at, outcome, draws)
             # An exponential part, cut at ln(1024) times its mean: its slice comes from ten more bits of the same draw.
-            latency = latencies[outcome] + ((spreads[outcome] * table[(bits >> 40) & 1023]) >> 20)
+            slice_of_mean = element(table, (bits >> 40) & 1023)
+            latency = element(latencies, outcome) + ((element(spreads, outcome) * slice_of_mean) >> 20)
             flight = 1
             busy = at + latency * cycle_ps
             if logging:
                 log_selection(m, i, k, at, outcome, draws - 1)
-        else:
+            if select < busy:
+                continue
+        if busy > until_ps:
             break
+        size = fixed if fixed != 0 else record_bytes(par, element(kinds, outcome))
+        if plain and pointer >> 12 == page and (pointer + size - 1) >> 12 == page and pointer + size <= last_start:
+            flight = 0
+            histogram[element(functions, outcome)] += 1
+            digest = (digest ^ word(outcome, latency, pointer)) * _DIGEST
+            pointer += size
+            written += 1
+            continue
+        v.sample_draws, v.select_ps, v.busy_until_ps, v.flight = draws, select, busy, flight
+        v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
+        book(tr, written)
+        tr.survived += written
+        written = 0
+        if complete(m, i, k, busy):
+            reached = busy
+            flight = v.flight
+            pointer, digest = v.pmbptr, tr.digest
+            break
+        flight, pointer, page, digest = v.flight, v.pmbptr, v.tlb_page, tr.digest
+        plain = plain and v.late_syndrome == 0
     v.sample_draws, v.busy_until_ps, v.flight = draws, busy, flight
     v.flight_outcome, v.flight_latency, v.pmbptr, tr.digest = outcome, latency, pointer, digest
     v.ecount_ops = late
