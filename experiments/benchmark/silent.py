@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from table import Row, add_json, deliver, load_average, say
+
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "a7458c9"  # README: name the mode that is missing
 MAX_COST_PCT = 15
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lanes", type=int, default=128)
     parser.add_argument("--duration-ms", type=int, default=100, help="guest time of each lane")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each engine, of which the median counts")
+    add_json(parser)
     options = parser.parse_args(arguments)
+    load = load_average()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         subprocess.run(
@@ -66,12 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "before": _importable(base, Path(folder) / "before"),
                 "now": _importable(ROOT, Path(folder) / "now"),
             }
-            costs = [_compare(name, engines, options) for name in options.policies.split(",")]
+            rows = [row for name in options.policies.split(",") for row in _compare(name, engines, options)]
         finally:
             subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(base)], check=False)
-    load = os.getloadavg()[0]
-    print(f"\nBar: at most {MAX_COST_PCT} % of the throughput. Load average over a minute: {load:.2f}.")
-    return 0 if max(costs) <= MAX_COST_PCT else 1
+    return deliver(rows, load, options.json)
 
 
 def _importable(checkout: Path, folder: Path) -> Path:
@@ -82,29 +84,33 @@ def _importable(checkout: Path, folder: Path) -> Path:
     return folder
 
 
-def _compare(name: str, engines: dict[str, Path], options: argparse.Namespace) -> float:
-    """Run both engines in turns; print their rates and return what the newer one costs, in percent."""
+def _compare(name: str, engines: dict[str, Path], options: argparse.Namespace) -> list[Row]:
+    """Run both engines in turns; return their rates and what the newer one costs, in percent."""
     rates: dict[str, list[float]] = {engine: [] for engine in engines}
     samples: dict[str, int] = {}
-    for _ in range(options.repeats):
+    for turn in range(options.repeats):
         for engine, path in engines.items():
+            say(f"{name}, {engine}: turn {turn + 1} of {options.repeats}")
             count, rate = _run(name, path, options)
             rates[engine].append(rate)
             samples[engine] = count
     before, now = (statistics.median(rates[engine]) for engine in ("before", "now"))
     cost = 100 * (1 - now / before)
-    same = "the same" if samples["before"] == samples["now"] else f"{samples['before']} and {samples['now']}"
-    print(
-        f"{name:16} {before / 1e6:8.1f} M before {now / 1e6:8.1f} M now   cost {cost:5.1f} %   samples: {same}",
-        flush=True,
-    )
-    return cost
+    same = "the same" if samples["before"] == samples["now"] else f"{samples['before']:,} and {samples['now']:,}"
+    rate = f"{before / 1e6:.1f} M before, {now / 1e6:.1f} M now"
+    peer = f"{now / before:.2f} times {options.base}"
+    return [
+        Row(f"{name}: silent features cost", f"{cost:.1f} %", f"<= {MAX_COST_PCT} %", cost <= MAX_COST_PCT, peer),
+        Row(f"{name}: samples a second of CPU time", rate),
+        Row(f"{name}: samples of both", same),
+    ]
 
 
 def _run(name: str, path: Path, options: argparse.Namespace) -> tuple[int, float]:
     """Run one engine in a process of its own; return (samples simulated, samples a second of CPU time)."""
-    # A compile cache beside the default one: the first turn compiles, the others load.
     environment = os.environ | {"PYTHONPATH": str(path)}
+    if path.name == "before":  # the first turn compiles, the others load; nothing of it is of use to anybody later
+        environment["NUMBA_CACHE_DIR"] = str(path.parent / "compiled")
     command = [sys.executable, "-c", WORKER, name, str(options.lanes), str(options.duration_ms * 10**9), "2"]
     done = subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "benchmark"
-
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Load explore.py under a name of its own, with its folder on the path, as Python does for a script."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("benchmark_explore", FOLDER / "explore.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_explore", module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("explore")
 
 
 @pytest.mark.slow

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -16,20 +15,12 @@ from spepolicy.spe.packets import encode
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    folder = Path(__file__).resolve().parents[2] / "experiments" / "benchmark"
-    monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("benchmark_packets", folder / "packets.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_packets", module)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("packets")
 
 
 @pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed (Debian: linux-perf)")
-def test_perf_decodes_the_stream_to_as_many_samples(benchmark: Any, tmp_path: Path) -> None:
+def test_perf_decodes_the_stream_to_as_many_samples(benchmark: ModuleType, tmp_path: Path) -> None:
     # More than one buffer, the last one short.
     records = benchmark.records_of(benchmark.PIECE // 64 + 1000)
     path = tmp_path / "perf.data"
@@ -40,7 +31,7 @@ def test_perf_decodes_the_stream_to_as_many_samples(benchmark: Any, tmp_path: Pa
     assert "Bad packet" not in done.stderr
 
 
-def test_the_table_judges_by_the_bars(benchmark: Any) -> None:
+def test_the_table_judges_by_the_bars(benchmark: ModuleType) -> None:
     names = [
         "decode, whole stream at once",
         "decode, whole stream again",
@@ -55,3 +46,12 @@ def test_the_table_judges_by_the_bars(benchmark: Any) -> None:
     assert verdicts == [False, True, True]
     assert rows["decode, 4 MiB at a time, MB per CPU second"].value.startswith("1000 ")
     assert rows["decode, variable size, MB per CPU second"].value.startswith("600 ")
+
+
+def test_without_perf_the_rows_say_so(benchmark: ModuleType) -> None:
+    seconds = {f"{verb}, {how}": [0.2] for verb in ("decode", "encode") for how in (
+        "whole stream at once", "whole stream again", "4 MiB at a time", "variable size"
+    )}  # fmt: skip
+    rows = [row for row in benchmark.rows_of(seconds, 200_000_000, 120_000_000, 3_125_000, 1) if "perf" in row.figure]
+    assert len(rows) == 2
+    assert all(row.passed is None and "perf is not installed" in row.value for row in rows)
