@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spepolicy.arch.registers import PMBLIMITR_E, PMSCR_E1SPE
 from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Platform, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
-from .pinning import CLAIMS_DOC, TABLES_DOC, claim, pin_buffer
+from .pinning import CLAIMS_DOC, TABLES_DOC, claim, pin_buffer, still_enabled
 
 TREATMENTS = ("error", "documentation", "first_fault", "eret_once", "eret_always", "e0spe", "erratum")
 
@@ -78,16 +79,14 @@ class EagerPin:
     def eret(self, vcpus: Vcpus) -> None:
         if self.el0_only == "eret_once":
             vcpus.trap_eret(False)
-        enabled = (vcpus.pmblimitr & 1) != 0
+        enabled = vcpus.pmblimitr & PMBLIMITR_E != 0
         vcpus.where(~enabled).trap_eret(False)
         pin_buffer(vcpus.where(enabled), self.pin_stage1_tables)
 
     @hookimpl
     def migration_finished(self, vcpus: Vcpus) -> None:
-        # KVM_SET_ONE_REG on the target is a write to the registers like the guest's own.
-        enabled = (vcpus.pmblimitr & 1 != 0) & (vcpus.pmscr & 0b10 != 0) & (vcpus.pmbsr & (1 << 17) == 0)
-        again = vcpus.where(enabled)
-        again.unpin()  # where the migration was given up the pins are still there, and must not count twice
+        again = still_enabled(vcpus.where(vcpus.pmscr & PMSCR_E1SPE != 0))
+        again.unpin()
         pin_buffer(again, self.pin_stage1_tables)
 
     @hookimpl

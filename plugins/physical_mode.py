@@ -10,7 +10,7 @@ from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Platform, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
-from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, pin_buffer
+from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, pin_buffer, pin_listed, still_enabled
 
 
 @dataclass
@@ -69,7 +69,9 @@ class PhysicalMode:
 
     @hookimpl
     def migration_finished(self, vcpus: Vcpus) -> None:
-        self._pin(vcpus.where((vcpus.pmblimitr & 1 != 0) & (vcpus.pmbsr & (1 << 17) == 0)))
+        again = still_enabled(vcpus)
+        again.where(~again.physical).unpin()  # a range that is held needs no second pin
+        self._pin(again)
 
     @hookimpl
     def vm_destroyed(self, vms: Vms) -> None:
@@ -80,7 +82,8 @@ class PhysicalMode:
         claim(faults, self.claims, Cause.HOST)
         faults.where(faults.data_loss).inject(Event.IMPDEF, data_loss=True)
         whole = faults.where(~faults.data_loss)
-        self._replace(whole.where(whole.physical)).resume()
+        named = whole.where(whole.physical)
+        _pin_range(named, named.buffer_lo, named.buffer_hi).resume()
         pin_buffer(whole.where(~whole.physical), self.pin_stage1_tables).resume()
 
     def _pin(self, vcpus: Vcpus) -> None:
@@ -91,21 +94,14 @@ class PhysicalMode:
         held = named.pinned_pages > 0
         within = held & (lo >= begin) & (hi <= end)
         after = held & (lo >= begin) & (lo <= end) & (hi > end)  # the ring's next part: only what is new of it
-        self._replace(named.where(~within & ~after))
+        anew = named.where(~within & ~after)
+        _pin_range(anew, anew.buffer_lo, anew.buffer_hi)
         grown = named.where(after)
-        self._answer(grown, grown.pinned_hi, grown.buffer_hi, grow=True)
+        _pin_range(grown, grown.pinned_hi, grown.buffer_hi, grow=True)
 
-    def _replace(self, vcpus: Vcpus) -> Vcpus:
-        return self._answer(vcpus, vcpus.buffer_lo, vcpus.buffer_hi)
 
-    def _answer(self, vcpus: Vcpus, lo: np.ndarray, hi: np.ndarray, *, grow: bool = False) -> Vcpus:
-        listed = vcpus.list_physical(lo, hi)
-        listed.failed.inject(Event.IMPDEF, data_loss=True)
-        pinned = listed.ok.pin()
-        pinned.over_limit.inject(Event.IMPDEF, data_loss=True)
-        pinned.no_page.inject(Event.IMPDEF, data_loss=True)
-        if grow:
-            pinned.ok.keep_previous()
-        else:
-            pinned.ok.unpin_previous()
-        return pinned.ok
+def _pin_range(vcpus: Vcpus, lo: np.ndarray, hi: np.ndarray, *, grow: bool = False) -> Vcpus:
+    """Pin the IPAs [lo, hi) of each vCPU as `pinning.pin_range` does with VAs."""
+    listed = vcpus.list_physical(lo, hi)
+    listed.failed.inject(Event.IMPDEF, data_loss=True)
+    return pin_listed(listed.ok, grow=grow)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from spepolicy.arch.registers import PMBLIMITR_E
 from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
-from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, pin_range
+from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, keep, pin_buffer
 
 PAGE = np.uint64(0x1000)
 
@@ -91,23 +92,18 @@ class PinCache:
         anew = ~(hit | above | below)
         self._pin(vcpus.where(anew), lo[anew], hi[anew], grow=False)
 
-    def _pin(self, vcpus: Vcpus, lo: Any, hi: Any, *, grow: bool) -> Vcpus:
+    def _pin(self, vcpus: Vcpus, lo: Any, hi: Any, *, grow: bool) -> None:
         """Pin [lo, hi) of each vCPU; where the limit forbids, let other vCPUs' idle pins go and try once more."""
         walk = vcpus.walk_stage1(lo, hi, pin_tables=self.pin_stage1_tables)
         walk.failed.inject(Event.STAGE1_ABORT)
         pinned = walk.ok.pin()
-        pinned.no_page.inject(Event.IMPDEF, data_loss=True)
-        if grow:
-            pinned.ok.keep_previous()
-        else:
-            pinned.ok.unpin_previous()
+        keep(pinned, grow=grow)
         short = pinned.over_limit
         if len(short):
             # Its own old set goes first, then those of vCPUs that do not profile.
             short.unpin()
             short.release_idle_pins()
-            pin_range(short, short.buffer_lo, short.buffer_hi, tables=self.pin_stage1_tables)
-        return pinned.ok
+            pin_buffer(short, self.pin_stage1_tables)
 
     @hookimpl
     def buffer_disabled(self, vcpus: Vcpus) -> None:
@@ -116,7 +112,7 @@ class PinCache:
 
     @hookimpl
     def timer(self, vcpus: Vcpus) -> None:
-        enabled = (vcpus.pmblimitr & 1) != 0
+        enabled = vcpus.pmblimitr & PMBLIMITR_E != 0
         if self.release == "timer":
             vcpus.where(~enabled).unpin()
             return
@@ -135,5 +131,5 @@ class PinCache:
     def stage2_fault(self, faults: Vcpus) -> None:
         claim(faults, self.claims, Cause.HOST)
         stale = faults.where(~faults.data_loss)
-        pin_range(stale, stale.buffer_lo, stale.buffer_hi, tables=self.pin_stage1_tables).resume()
+        pin_buffer(stale, self.pin_stage1_tables).resume()
         faults.where(faults.data_loss).inject(Event.IMPDEF, data_loss=True)

@@ -10,7 +10,7 @@ from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Platform, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
-from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim
+from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, keep, still_enabled
 
 
 @dataclass
@@ -70,8 +70,7 @@ class PinWhileEnabled:
         walk = served.walk_stage1(served.buffer_lo, served.buffer_hi, pin_tables=self.pin_stage1_tables)
         walk.failed.inject(Event.STAGE1_ABORT)
         pinned = walk.ok.pin()
-        pinned.no_page.inject(Event.IMPDEF, data_loss=True)
-        pinned.ok.unpin_previous()
+        keep(pinned)
         if self.over_limit == "tell":
             pinned.over_limit.inject(Event.IMPDEF, data_loss=True)
             return
@@ -79,16 +78,13 @@ class PinWhileEnabled:
         again = pinned.over_limit.walk_stage1(
             pinned.over_limit.buffer_lo, pinned.over_limit.buffer_hi, pin_tables=self.pin_stage1_tables
         )
-        allowed = again.ok.pin(ignore_limit=True)
-        allowed.no_page.inject(Event.IMPDEF, data_loss=True)
-        allowed.ok.unpin_previous()
+        keep(again.ok.pin(ignore_limit=True))
 
     @hookimpl
     def migration_finished(self, vcpus: Vcpus) -> None:
-        # KVM_SET_ONE_REG on the target is a write to the registers like the guest's own.
-        enabled = vcpus.where((vcpus.pmblimitr & 1 != 0) & (vcpus.pmbsr & (1 << 17) == 0))
-        enabled.unpin()  # where the migration was given up the pins are still there, and must not count twice
-        self.buffer_enabled(enabled)
+        again = still_enabled(vcpus)
+        again.unpin()
+        self.buffer_enabled(again)
 
     @hookimpl
     def buffer_disabled(self, vcpus: Vcpus) -> None:

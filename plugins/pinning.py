@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from spepolicy.batch import Vcpus
+from spepolicy.arch.registers import PMBLIMITR_E, PMBSR_S
+from spepolicy.batch import PinResult, Vcpus, WalkedVcpus
 from spepolicy.hookspecs import Cause, Event, doc
 from spepolicy.machine.hostops import Notifier
 
@@ -47,8 +48,20 @@ def pin_range(
     """
     walk = vcpus.walk_stage1(lo, hi, pin_tables=tables, one_range=one_range)
     walk.failed.inject(Event.STAGE1_ABORT)
-    pinned = walk.ok.pin()
+    return pin_listed(walk.ok, grow=grow)
+
+
+def pin_listed(walked: WalkedVcpus, *, grow: bool = False) -> Vcpus:
+    """Pin what a walk has found, then drop the pins from before, or with *grow* keep them; tell the guest where that
+    fails. Return the vCPUs where it worked.
+    """
+    pinned = walked.pin()
     pinned.over_limit.inject(Event.IMPDEF, data_loss=True)
+    return keep(pinned, grow=grow)
+
+
+def keep(pinned: PinResult, *, grow: bool = False) -> Vcpus:
+    """Go on with what was *pinned* as `pin_listed` does; what exceeded the memlock limit is the caller's business."""
     pinned.no_page.inject(Event.IMPDEF, data_loss=True)
     if grow:
         pinned.ok.keep_previous()
@@ -60,6 +73,14 @@ def pin_range(
 def pin_buffer(vcpus: Vcpus, tables: bool) -> Vcpus:
     """Pin [PMBPTR, LIMIT) as `pin_range` does."""
     return pin_range(vcpus, vcpus.buffer_lo, vcpus.buffer_hi, tables=tables)
+
+
+def still_enabled(vcpus: Vcpus) -> Vcpus:
+    """After a migration, return the vCPUs whose buffer is enabled: KVM_SET_ONE_REG on the target is a write to the
+    registers like the guest's own. Where the migration was given up their pins are still there: what is pinned anew
+    must be unpinned first, or it counts twice.
+    """
+    return vcpus.where((vcpus.pmblimitr & PMBLIMITR_E != 0) & (vcpus.pmbsr & PMBSR_S == 0))
 
 
 def claim(faults: Vcpus, how: str, assumed: Cause) -> None:

@@ -10,7 +10,7 @@ import pytest
 from spepolicy.errors import UnsupportedPolicyError
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import HostOp
-from spepolicy.machine.scenario import Cpu, Handling, Migration, MigrationKind
+from spepolicy.machine.scenario import Cpu, Guest, Handling, Migration, MigrationKind
 from spepolicy.machine.state import LostCause
 
 from ..properties.scenarios import conserved
@@ -95,9 +95,23 @@ def test_a_memlock_limit_below_the_ring_is_told() -> None:
     assert (result.vm["pinned_peak_pages"] <= 8).all()
 
 
+moving = Migration(MigrationKind.PRECOPY, Handling.REPORT_DIRTY, start_ps=500 * US, switch_ps=50 * US,
+                   max_downtime_ps=10 * MS, rounds=3)  # fmt: skip
+
+
+@pytest.mark.parametrize("who", [knows, unaware], ids=["nVM", "no nVM"])
+def test_a_migration_that_is_given_up_needs_no_memory_for_a_second_pin(who: Guest) -> None:
+    """The limit is what the guest needs without one; few samples, so that all of its buffer is still to be written."""
+    alone = quiet(guest=replace(who, task_on_ps=100 * MS, period_ops=1_000_000), cpu=NVM, duration_ps=20 * MS)
+    needed = int(run("physical_mode", alone).vm["pinned_peak_pages"].max())
+    low = replace(QUIET, memlock_unlimited=False, memlock_pages=needed)
+    result = run("physical_mode", replace(alone, kvm=low, migration=replace(moving, cancel_round=1)))
+    assert (result.vm["migration_outcome"] == 2).all()
+    assert result.vm["pin_refused"].sum() == 0
+    assert result.truth["stage2_faults"].sum() == 0
+
+
 def test_it_survives_a_migration() -> None:
-    moving = Migration(MigrationKind.PRECOPY, Handling.REPORT_DIRTY, start_ps=500 * US, switch_ps=50 * US,
-                       max_downtime_ps=10 * MS, rounds=3)  # fmt: skip
     result = run("physical_mode", quiet(guest=knows, cpu=NVM, migration=moving, duration_ps=20 * MS))
     assert (result.vm["migration_outcome"] == 1).all()
     assert result.truth["stage2_faults"].sum() == 0
