@@ -4,11 +4,13 @@ Compiled code cannot be traced. With NUMBA_DISABLE_JIT=1 the tests that look at 
 Python: this runs those of `TESTS` and fails if fewer than `LEAST` % of the lines of spepolicy/machine, mmu or judge are
 reached. Tests that simulate whole lanes are left out: they would take an hour, and reaching a line is not testing it.
 
-With `--contexts`, FILE (of coverage.py) says which test runs through which line: what `tests.mutation` needs.
+With `--contexts`, FILE (of coverage.py) says which test runs through which line, and FILE.json how many seconds each
+takes so: what `tests.mutation` needs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +31,9 @@ TESTS = (
     "tests/conformance/test_at_golden.py",
 )
 WHOLE_LANES = ("tests/machine/test_guest.py",)
+# Tables of 8192 entries, word by word: minutes each, and the tests of smaller granules run through the same lines.
+LONG = ("tests/mmu/test_builder.py::test_a_page_taken_out_of_a_block_leaves_the_rest[64]",)
+_TIMES = "SPEPOLICY_TEST_SECONDS"  # the variable that names the file for them
 _RULES = """
 [run]
 source = spepolicy.machine,spepolicy.mmu,spepolicy.judge
@@ -54,19 +59,37 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         tracer.switch_context("")
 
 
+_seconds: dict[str, float] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """As a plugin of pytest: note how long a test takes."""
+    _seconds[report.nodeid] = _seconds.get(report.nodeid, 0.0) + report.duration
+
+
+def pytest_sessionfinish() -> None:
+    """As a plugin of pytest: write that down."""
+    Path(os.environ[_TIMES]).write_text(json.dumps(_seconds, indent=0), encoding="utf-8")
+
+
 def _run(*words: str, **variables: str) -> int:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, check=False).returncode
+
+
+def seconds_of(data: Path) -> Path:
+    """Return the file beside *data* that says how long each test takes."""
+    return data.with_name(data.name + ".json")
 
 
 def measure(data: Path, rules: Path, *options: str) -> int:
     """Run the tests and write *data* and *rules*, the settings of coverage.py; return the exit status."""
     rules.write_text(_RULES.format(data=data), encoding="utf-8")
     plugin = ("-p", "tests.line_coverage", "-p", "no:cacheprovider", "-q", "-n", "0", "--hypothesis-seed=0")
-    ignored = [f"--ignore={path}" for path in WHOLE_LANES]
+    ignored = [*(f"--ignore={path}" for path in WHOLE_LANES), *(f"--deselect={test}" for test in LONG)]
     return _run(
         "coverage", "run", f"--rcfile={rules}", "-m", "pytest", *plugin, *ignored, *options, *TESTS,
-        NUMBA_DISABLE_JIT="1",
+        NUMBA_DISABLE_JIT="1", **{_TIMES: str(seconds_of(data))},
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Mutants of the rules: one small change each, in a function of spepolicy/machine, mmu or judge.
 
-The sample is fixed before anything is tried: every possible mutant has a key (file, function, statement, change), and
-those whose hash with `SEED` is smallest are in the sample. A change of the source elsewhere leaves them in it.
+The sample is fixed before anything is tried: every possible mutant has a key (package, function, statement, change),
+and those whose hash with `SEED` is smallest are in the sample. A change of the source elsewhere leaves them in it, and
+so does moving a function to another file of its package.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Mutant:
     last: int  # of its last line; of what has a body, of its head
     was: str  # the expression or statement
     now: str
-    key: str  # all of this but the lines, and which of its kind it is
+    key: str  # package, function, statement, was, now, and which of its kind in the package it is
     index: int  # the how-manieth possible mutant of its file it is
 
 
@@ -128,15 +129,18 @@ def _head_end(statement: ast.stmt) -> int:
     return body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
 
 
-def _possible(path: str, tree: ast.Module) -> Iterator[tuple[Mutant, _Place, ast.AST | None]]:
-    seen: Counter[str] = Counter()
+def _possible(
+    path: str, tree: ast.Module, seen: Counter[str] | None = None
+) -> Iterator[tuple[Mutant, _Place, ast.AST | None]]:
+    seen = Counter() if seen is None else seen
+    package = path.rpartition("/")[0]
     index = 0
     for place in _places(tree, None, ""):
         for change in _changes(place.node):
             was = ast.unparse(place.node)
             now = ast.unparse(ast.fix_missing_locations(change)) if change is not None else "pass"
             text = ast.unparse(place.statement).partition("\n")[0]
-            key = "\t".join((path, place.function, text, was, now))
+            key = "\t".join((package, place.function, text, was, now))
             seen[key] += 1
             line = place.statement.lineno
             last = max(line, _head_end(place.statement))
@@ -144,16 +148,19 @@ def _possible(path: str, tree: ast.Module) -> Iterator[tuple[Mutant, _Place, ast
             index += 1
 
 
-def mutants_of(path: str) -> list[Mutant]:
-    """Return every possible mutant of the file *path*, below the root."""
+def mutants_of(path: str, seen: Counter[str] | None = None) -> list[Mutant]:
+    """Return every possible mutant of the file *path*, below the root. *seen* counts those of equal text that other
+    files of its package have: no two keys are the same.
+    """
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    return [mutant for mutant, _, _ in _possible(path, tree)]
+    return [mutant for mutant, _, _ in _possible(path, tree, seen)]
 
 
 def every_mutant() -> list[Mutant]:
     """Return every possible mutant."""
     files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
-    return [mutant for file in files for mutant in mutants_of(file.relative_to(ROOT).as_posix())]
+    seen: Counter[str] = Counter()
+    return [mutant for file in files for mutant in mutants_of(file.relative_to(ROOT).as_posix(), seen)]
 
 
 def sample(count: int = SAMPLE) -> list[Mutant]:

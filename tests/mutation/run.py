@@ -1,38 +1,47 @@
-"""Try the fixed sample of mutants on the interpreted machine: `python -m tests.mutation.run DATA [RESULTS]`.
+"""Try the fixed sample of mutants on the interpreted machine: `python -m tests.mutation.run DATA [options]`.
 
 DATA is the file that `python -m tests.line_coverage --contexts DATA` writes: which test runs through which line. Each
-mutant is put into a copy of the sources, and the tests that run through its statement are tried on it, the most
-specific first, until one fails. RESULTS (results.tsv beside this file, by default) gets a line a mutant, and a run
-goes on where the last one stopped. One process, at the lowest priority. A mutant is *caught* if a test fails that
-passes without it, or hangs; it *survived* if all of them pass; it is *undecided* if no test failed in `CPU_S` seconds
-and there were more; *not run* if no test runs through it.
+mutant is tried with the tests that run through its statement, the quickest and most specific first, until one fails. A
+test that DATA does not know is newer than it, and is tried first.
+
+    --seconds S     of the processor, for the tests of one mutant (20)
+    --again WORDS   try again what has these outcomes (`undecided,survived`); what is said to be equivalent stays
+    --part N/M      every Mth mutant only, from the Nth: for M runs side by side
+    --results FILE  instead of results.tsv beside this file
+
+results.tsv gets a line a mutant, and a run goes on where the last one stopped. A mutant is *caught* if a test fails
+that passes without it, or hangs; it *survived* if all of them pass; it is *undecided* if no test failed in the time
+that it had, and there were more; *not run* if no test runs through it. None of these three counts as caught.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-import resource
-import shutil
-import signal
 import sys
 import tempfile
-import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from .mutants import ROOT, Mutant, sample, source_of
+from tests.line_coverage import LONG, TESTS, WHOLE_LANES, seconds_of
+
+from .attempt import Session, Told, copy_sources, in_a_new_process, with_session
+from .mutants import Mutant, sample
 
 RESULTS = Path(__file__).with_name("results.tsv")
 COLUMNS = ("outcome", "test", "file", "line", "function", "was", "now", "key")
+OUTCOMES = ("caught", "survived", "undecided", "not run")
+EQUIVALENT = "equivalent: "
 CPU_S = 20  # for the tests of one mutant
-HANGS_S = 10  # a test that takes so long of it hangs
-MOST = 200  # tests of one mutant
-_LONG = ("tests/conformance", "tests/properties", "tests/drivers", "tests/policies", "tests/machine/test_guest")
-_SOURCES = ("spepolicy", "tests", "conf", "plugins", "pyproject.toml", "README.md", "experiments")
+# They start a process of their own, which does not see the mutant.
+OTHER_PROCESS = ("tests/machine/test_jit.py",)
+START_S = 10  # what a new process needs to import and collect
+_LONG_S = 2.0  # a test that takes longer is tried after all others
 
 
-class Tests:
+class Reach:
     """Which tests run through which lines."""
 
     def __init__(self, data: Path) -> None:
@@ -40,157 +49,163 @@ class Tests:
 
         self._data = coverage.CoverageData(str(data))
         self._data.read()
+        self.seconds: dict[str, float] = json.loads(seconds_of(data).read_text(encoding="utf-8"))
         self._files = {}
         for path in self._data.measured_files():
             where = Path(path).parts
             self._files["/".join(where[len(where) - where[::-1].index("spepolicy") - 1 :])] = path
-        self._size: Counter[str] = Counter()
+        self.size: Counter[str] = Counter()  # lines that a test runs through
         for path in self._files.values():
             for contexts in self._data.contexts_by_lineno(path).values():
-                self._size.update(contexts)
+                self.size.update(contexts)
 
-    def of(self, mutant: Mutant) -> list[str]:
-        """Return the tests that run through the mutant's statement: those of its package first, those that run whole
-        lanes or large tables last, and among them those first that run through the fewest lines.
-        """
-        own = f"tests/{mutant.path.split('/')[1]}/"
+    def of(self, mutant: Mutant, *, whole_file: bool = False) -> set[str]:
+        """Return the tests that run through the mutant's statement, or through any line of its file."""
         by_line = self._data.contexts_by_lineno(self._files[mutant.path]) if mutant.path in self._files else {}
-        found = {test for line in range(mutant.line, mutant.last + 1) for test in by_line.get(line, ()) if test}
-        return sorted(
-            found, key=lambda test: (test.startswith(_LONG), not test.startswith(own), self._size[test], test)
-        )
+        lines = by_line if whole_file else range(mutant.line, mutant.last + 1)
+        return {test for line in lines for test in by_line.get(line, ()) if test}
 
 
-class _Reporter:
-    """Tells the parent, through a pipe, when a test begins and whether it fails."""
+class Trial:
+    """Tries mutants, with the tests that reach them."""
 
-    def __init__(self, pipe: int) -> None:
-        self._pipe = pipe
+    def __init__(self, reach: Reach, folder: Path, session: Session, limit_s: float) -> None:
+        self._reach, self._folder, self._session, self._limit_s = reach, folder, session, limit_s
+        self._alone: dict[str, bool] = {"import": True}  # test -> passes without a mutant
 
-    def _say(self, what: str, nodeid: str) -> None:
-        os.write(self._pipe, f"{what}\t{time.process_time()}\t{nodeid}\n".encode())
+    def _ordered(self, mutant: Mutant, found: set[str]) -> list[str]:
+        new = set(self._session.items) - set(self._reach.seconds)
+        own = f"tests/{mutant.path.split('/')[1]}/"
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._say("begins", nodeid)
+        def dear(test: str) -> tuple[bool, float, str]:
+            seconds, size = self._reach.seconds.get(test, 0.0), self._reach.size[test]
+            return seconds > _LONG_S, (seconds + 0.01) * (size + 100) * (1 if test.startswith(own) else 2), test
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            self._say("failed", report.nodeid)
-
-
-def _child(tests: list[str], pipe: int) -> None:
-    import pytest
-
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.dup2(nothing, 2)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "", "--hypothesis-seed=0", "--tb=no", "-n", "0"]
-    os._exit(int(pytest.main([*options, *tests], plugins=[_Reporter(pipe)])))
-
-
-def attempt(tests: list[str]) -> tuple[str, str]:
-    """Run *tests* in the current folder, in a process of their own, until one fails: return (outcome, test)."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        _child(tests, write)
-    os.close(write)
-    with os.fdopen(read, encoding="utf-8") as pipe:
-        told = [line.rstrip("\n").split("\t") for line in pipe]
-    _, status = os.waitpid(pid, 0)
-    failed = [test for what, _, test in told if what == "failed"]
-    if failed:
-        return "caught", failed[0]
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        since, test = (float(told[-1][1]), told[-1][2]) if told else (0.0, "import")
-        return ("caught", f"{test} (hangs)") if CPU_S - since > HANGS_S else ("undecided", "")
-    code = os.waitstatus_to_exitcode(status)
-    if code == 0:
-        return "survived", ""
-    return ("caught", "import") if not told else ("caught", f"{told[-1][2]} (exit {code})")
-
-
-class Runner:
-    """Tries mutants in a copy of the sources."""
-
-    def __init__(self, tests: Tests, folder: Path) -> None:
-        self._tests, self._folder = tests, folder
-        self._sound: dict[str, bool] = {"import": True}  # test -> passes without a mutant
-        for name in _SOURCES:
-            source = ROOT / name
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, folder / name, ignore=ignored) if source.is_dir() else shutil.copy(source, folder)
-        sys.path.insert(0, str(folder))
-        os.environ |= {"NUMBA_DISABLE_JIT": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-        sys.dont_write_bytecode = True
-        os.chdir(folder)
+        usable = (self._session.sharing(found) | new) & set(self._session.items)
+        return sorted((test for test in usable if not test.startswith(OTHER_PROCESS)), key=dear)
 
     def outcome(self, mutant: Mutant) -> tuple[str, str]:
         """Return what became of *mutant*, and the test that caught it."""
-        tests = self._tests.of(mutant)[:MOST]
-        path = self._folder / mutant.path
-        original = path.read_text(encoding="utf-8")
-        while tests := [test for test in tests if self._sound.get(test, True)]:
-            path.write_text(source_of(mutant), encoding="utf-8")
-            try:
-                found, test = attempt(tests)
-            finally:
-                path.write_text(original, encoding="utf-8")
-                shutil.rmtree(self._folder / ".hypothesis", ignore_errors=True)
-            if found in ("survived", "undecided"):
+        early = self._session.runs_before_tests(mutant)
+        tests = self._ordered(mutant, self._reach.of(mutant, whole_file=early))
+        found, test = self._first_failure(tests, lambda left: self._session.attempt(mutant, left, self._limit_s))
+        if found == "caught" or not (early or found == "unpatched"):
+            return found, test
+        # Forks have what was made before they began.
+        return self._first_failure(
+            tests, lambda left: in_a_new_process(self._folder, mutant, left, self._limit_s + START_S)
+        )
+
+    def _first_failure(self, tests: list[str], run: Callable[[list[str]], Told | None]) -> tuple[str, str]:
+        while tests:
+            told = run(tests)
+            if told is None:
+                return "unpatched", ""
+            found, test = told.outcome()
+            if found != "caught":
                 return found, ""
             name = test.partition(" (")[0]
-            if name not in self._sound:
-                self._sound[name] = attempt([name])[0] in ("survived", "undecided")
-            if self._sound[name]:
+            if name not in self._alone:
+                self._alone[name] = self._session.passes_alone(name)
+            if self._alone[name]:
                 return found, test
+            tests = [it for it in tests if self._alone.get(it, True)]
         return "not run", ""
 
 
 def known(path: Path) -> dict[str, list[str]]:
-    """Return the lines of a table of results, by the mutants' keys."""
+    """Return the lines of a table of results, by the mutants' keys; of two for one key the later."""
     if not path.exists():
         return {}
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     return {row[-1]: row for row in rows}
 
 
+def key_of(mutant: Mutant) -> str:
+    """Return the mutant's key in one line."""
+    return " | ".join(" ".join(part.split()) for part in mutant.key.split("\t"))
+
+
 def row_of(mutant: Mutant, outcome: str, test: str) -> list[str]:
     """Return a line of the table."""
     texts = [" ".join(text.split())[:100] for text in (mutant.was, mutant.now)]
-    key = " | ".join(" ".join(part.split()) for part in mutant.key.split("\t"))
-    return [outcome, test, mutant.path, str(mutant.line), mutant.function, *texts, key]
+    return [outcome, test, mutant.path, str(mutant.line), mutant.function, *texts, key_of(mutant)]
 
 
-def main(arguments: list[str]) -> int:
+def write(path: Path, done: dict[str, list[str]], mutants: Sequence[Mutant]) -> None:
+    """Write the table: a line for each mutant of the sample that has been tried, in the order of the sample, its place
+    as of today.
+    """
+    rows = [row_of(it, *done[key_of(it)][:2]) for it in mutants if key_of(it) in done]
+    path.write_text("".join("\t".join(row) + "\n" for row in [list(COLUMNS), *rows]), encoding="utf-8")
+
+
+def figures(rows: Sequence[Sequence[str]]) -> str:
+    """Say how many were tried and caught: plainly, and without those that are equivalent."""
+    count = Counter(row[0] for row in rows)
+    same = sum(row[1].startswith(EQUIVALENT) for row in rows)
+    caught = count["caught"]
+    share = f"{100 * caught / max(1, len(rows)):.1f} %"
+    without = f"{100 * caught / max(1, len(rows) - same):.1f} %"
+    parts = ", ".join(f"{count[it]} {it}" for it in OUTCOMES)
+    return f"{len(rows)} tried: {parts}. Caught: {share}; of those that are not equivalent ({same}): {without}"
+
+
+def survivors(rows: Sequence[Sequence[str]]) -> str:
+    """Return the table of the page: what was not caught, and why."""
+    lines = ["| where | change | outcome | reason |", "|---|---|---|---|"]
+    for outcome, why, file, _, function, was, now, _ in sorted(
+        (row for row in rows if row[0] != "caught"), key=lambda row: (row[2], row[4], row[5], row[6])
+    ):
+        texts = [f"`{text.replace('|', chr(92) + '|')}`" for text in (was, now)]
+        lines.append(
+            f"| `{file.removeprefix('spepolicy/')}` {function} | {texts[0]} → {texts[1]} | {outcome} | {why} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
     """Try what has not been tried; return the exit status."""
-    os.nice(19)
-    tests = Tests(Path(arguments[0]))
-    results = Path(arguments[1]).resolve() if len(arguments) > 1 else RESULTS
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation.run")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=CPU_S)
+    parser.add_argument("--again", default="")
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    os.nice(10)
+    reach = Reach(options.data)
+    results: Path = options.results.resolve()
+    part, parts = map(int, options.part.split("/"))
+    mutants = sample()
     done = known(results)
+    again = [word for word in options.again.split(",") if word]
+    old = {key: row for key, row in done.items() if row[0] not in again or row[1].startswith(EQUIVALENT)}
+    left = [it for n, it in enumerate(mutants) if n % parts == part and key_of(it) not in old]
     if not results.exists():
-        results.write_text("\t".join(COLUMNS) + "\n", encoding="utf-8")
-    with tempfile.TemporaryDirectory() as name:
-        runner = Runner(tests, Path(name))
-        import hypothesis  # noqa: F401 - once, for all children
-        import numba  # noqa: F401
-        import pytest  # noqa: F401
+        write(results, {}, mutants)
 
-        for number, mutant in enumerate(sample(), 1):
-            row = row_of(mutant, "", "")
-            if row[-1] in done:
-                continue
-            row[:2] = runner.outcome(mutant)
-            done[row[-1]] = row
+    def work(session: Session) -> None:
+        told = in_a_new_process(Path(name), None, list(session.items)[:1], 60)
+        if told.outcome()[0] != "survived":
+            raise RuntimeError(f"without a mutant: {told.outcome()}")
+        trial = Trial(reach, Path(name), session, options.seconds)
+        for number, mutant in enumerate(left, 1):
+            row = row_of(mutant, *trial.outcome(mutant))
             with results.open("a", encoding="utf-8") as file:
                 file.write("\t".join(row) + "\n")
-            print(number, *row[:7], flush=True)
-        os.chdir(ROOT)
-    count = Counter(row[0] for row in done.values())
-    print(dict(count), f"{100 * count['caught'] / max(1, sum(count.values())):.1f} % caught")
-    return 0
+            print(f"{number}/{len(left)}", *row[:7], file=sys.__stdout__, flush=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        copy_sources(Path(name))
+        left_out = [*(f"--ignore={it}" for it in WHOLE_LANES), *(f"--deselect={it}" for it in LONG)]
+        status = with_session(Path(name), [*TESTS, *left_out], work)
+        os.chdir(results.parent)
+    done = known(results)
+    if parts == 1:
+        write(results, done, mutants)
+    print(figures([done[key_of(it)] for it in mutants if key_of(it) in done]))
+    return status
 
 
 if __name__ == "__main__":

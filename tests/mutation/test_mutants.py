@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from . import mutants as it
-from .run import COLUMNS, RESULTS, known, row_of
 
 FILES = ("spepolicy/machine/pick.py", "spepolicy/mmu/refused.py", "spepolicy/judge/records.py")
 
@@ -57,10 +56,19 @@ def test_the_changes_are_these(source: str, changes: set[str], tmp_path: Path, m
         assert any(change in program for program in programs), change
 
 
-def test_the_table_of_results_is_of_mutants_of_the_sample() -> None:
-    rows = known(RESULTS)
-    assert all(
-        len(row) == len(COLUMNS) and row[0] in ("caught", "survived", "undecided", "not run") for row in rows.values()
-    )
-    mutant = it.mutants_of(FILES[0])[0]
-    assert row_of(mutant, "caught", "t")[-1].startswith(f"{FILES[0]} | {mutant.function} | ")
+def test_a_function_that_moves_to_another_file_of_its_package_keeps_its_mutants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p").mkdir()
+    body = "def f(x):\n    return x + 1\n"
+    (tmp_path / "p/a.py").write_text(body)
+    (tmp_path / "p/b.py").write_text("")
+    monkeypatch.setattr(it, "ROOT", tmp_path)
+    monkeypatch.setattr(it, "PACKAGES", ("p",))
+    before = {mutant.key for mutant in it.every_mutant()}
+    (tmp_path / "p/a.py").write_text("")
+    (tmp_path / "p/b.py").write_text(body)
+    assert {mutant.key for mutant in it.every_mutant()} == before
+    (tmp_path / "p/a.py").write_text(body)
+    keys = [mutant.key for mutant in it.every_mutant()]
+    assert len(set(keys)) == len(keys) == 2 * len(before), "two functions of one name are told apart"
