@@ -174,29 +174,34 @@ if COMPILED:
 
     _arrays: Any = cgutils  # its functions lack types
 
+    def _emit_prefetch(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        place = _arrays.get_item_pointer(context, builder, signature.args[0], array, values[1:])
+        byte = builder.bitcast(place, ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        hint = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte.type], ir.FunctionType(ir.VoidType(), [byte.type, word, word, word])
+        )
+        builder.call(hint, [byte, word(0), word(3), word(1)])  # for reading, to keep, data
+        return context.get_dummy_value()
+
     def _prefetch(_typing: Any, array: Any, index: Any, entry: Any) -> Any:
         """Ask the processor for `array[index, entry]` ahead of its use."""
+        return types.void(array, types.uint64, types.uint64), _emit_prefetch
 
-        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            pool = context.make_array(signature.args[0])(context, builder, values[0])
-            place = _arrays.get_item_pointer(context, builder, signature.args[0], pool, values[1:])
-            byte = builder.bitcast(place, ir.IntType(8).as_pointer())
-            word = ir.IntType(32)
-            hint = builder.module.declare_intrinsic(
-                "llvm.prefetch", [byte.type], ir.FunctionType(ir.VoidType(), [byte.type, word, word, word])
-            )
-            builder.call(hint, [byte, word(0), word(3), word(1)])  # for reading, to keep, data
-            return context.get_dummy_value()
-
-        return types.void(array, types.uint64, types.uint64), emit
+    def _prefetch_word(_typing: Any, array: Any, index: Any) -> Any:
+        """Ask the processor for `array[index]` ahead of its use."""
+        return types.void(array, types.uint64), _emit_prefetch
 
     prefetch: Any = intrinsic(_prefetch)
+    prefetch_word: Any = intrinsic(_prefetch_word)
 else:
 
-    def _no_prefetch(_array: Any, _index: int, _entry: int) -> None:
+    def prefetch(_array: Any, _index: int, _entry: int) -> None:
         """Do nothing: it is a hint."""
 
-    prefetch = _no_prefetch
+    def prefetch_word(_array: Any, _index: int) -> None:
+        """Do nothing: it is a hint."""
 
 
 if COMPILED:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.arch.registers import PMBLIMITR_E
-from spepolicy.jit import entry, jit, widen
+from spepolicy.jit import cell, entry, jit, prefetch, prefetch_word, widen
+from spepolicy.jit import word as word_of
 from spepolicy.machine.host import (
     DIRTY,
     FRAME,
@@ -33,14 +34,16 @@ from spepolicy.machine.rows import host_page, params, pins, pool, vcpu_row, vm_r
 from spepolicy.machine.scenario import Bug, Handling
 from spepolicy.machine.state import Machine
 from spepolicy.machine.trace import MAPPED, PINNED, UNPINNED, ZERO, log
-from spepolicy.mmu.tables import S2_LEAF, leaf_descriptor
-from spepolicy.mmu.walker import S2_WRITE
+from spepolicy.mmu.tables import S2_LEAF, STAGE2_FRAME0, leaf_descriptor
+from spepolicy.mmu.walker import OA_MASK, S2_WRITE, TABLE, VALID
 
 Ints = NDArray[np.int64]
 
 _NOT_MAPPED, _REPORT_DIRTY = int(Handling.NOT_MAPPED), int(Handling.REPORT_DIRTY)
 _SKIP_PAGE = int(Bug.SKIP_PAGE)
 _LEAK_PIN = int(Bug.LEAK_PIN)
+
+_AHEAD = 16  # pages to ask memory for ahead of their turn
 
 # What `pin_fresh` answers.
 PIN_OK, PIN_OVER_LIMIT, PIN_NO_PAGE = range(3)
@@ -104,12 +107,15 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
     ram_page0 = par.ram_page0
     before = vm.stage2_maps
     movable = par.zone_movable
+    skipping = par.bug == _SKIP_PAGE
     cost = 0
     middle, region = -1, -1
     for n in range(count):
-        page = widen(pages[n])
-        word = words[page]
-        if par.bug == _SKIP_PAGE and word & (PIN_MASK | SKIPPED) == 0 and bug_strikes(m, i):
+        if n + _AHEAD < count and middle >= 0:
+            _ask_for(words, tables, middle, region, ram_page0, widen(word_of(pages, n + _AHEAD)))
+        page = widen(word_of(pages, n))
+        word = word_of(words, page)
+        if skipping and word & (PIN_MASK | SKIPPED) == 0 and bug_strikes(m, i):
             words[page] |= SKIPPED  # KVM believes that it has pinned and mapped it
             continue
         ipa = (ram_page0 + page) << 12
@@ -130,8 +136,21 @@ def pin_pages(m: Machine, i: int, pages: NDArray[np.int32], count: int) -> tuple
             cost += paid + map_page(m, i, page, 1)
             middle = -1  # a notifier may have freed it
         else:
-            words[page] += PIN_ONE
+            words[np.uint64(page)] = word + PIN_ONE
     return count, cost + count * par.pin_page_ps + (vm.stage2_maps - before) * par.map_page_ps
+
+
+@jit
+def _ask_for(words: Ints, tables: Ints, middle: int, region: int, ram_page0: int, page: int) -> None:
+    """Let the processor fetch what `pin_pages` will look at for *page*: its word, and its stage 2 descriptor. Pages lie
+    anywhere, and waiting for memory is most of what pinning takes.
+    """
+    prefetch_word(words, page)
+    ipa_page = ram_page0 + page
+    if ipa_page >> 18 == region:
+        descriptor = cell(tables, middle, (ipa_page >> 9) & 511)
+        if descriptor & (VALID | TABLE) == VALID | TABLE:
+            prefetch(tables, ((descriptor & OA_MASK) >> 12) - STAGE2_FRAME0, ipa_page & 511)
 
 
 @jit
@@ -242,17 +261,21 @@ def _unpin_list(m: Machine, i: int, k: int, which: int, count: int) -> None:
     v = vcpu_row(m, i, k)
     pages = pins(m, i, k)[which]
     words = host_page(m, i)
+    leaking = par.bug == _LEAK_PIN
+    # A page that was writable so far, and is not pinned when the log is read, counts as written.
+    report = DIRTY if vm.dirty_logging != 0 and par.migration_handling == _REPORT_DIRTY else 0
     leaked = 0
     for n in range(count):
-        page = widen(pages[n])
-        if words[page] & SKIPPED != 0:
-            words[page] &= ~SKIPPED
-        elif par.bug == _LEAK_PIN and bug_strikes(m, i):
+        if n + _AHEAD < count:
+            prefetch_word(words, widen(word_of(pages, n + _AHEAD)))
+        page = widen(word_of(pages, n))
+        word = word_of(words, page)
+        if word & SKIPPED != 0:
+            words[page] = word & ~SKIPPED
+        elif leaking and bug_strikes(m, i):
             leaked += 1
-        elif words[page] & PIN_MASK != 0:
-            words[page] -= PIN_ONE
-            if vm.dirty_logging != 0 and par.migration_handling == _REPORT_DIRTY:
-                words[page] |= DIRTY  # it was writable so far, and is not pinned when the log is read
+        elif word & PIN_MASK != 0:
+            words[np.uint64(page)] = (word - PIN_ONE) | report
     vm.leaked_pins += leaked
     account_pins(vm, leaked - count, v.now_ps + v.host_ps)
     if count != 0:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.arch.registers import FSC_ADDRESS_SIZE, FSC_TRANSLATION, PMBLIMITR_NVM
-from spepolicy.jit import entry, jit
+from spepolicy.jit import cell, entry, jit
 from spepolicy.machine.host import FRAME, NOTIFIED
 from spepolicy.machine.kvm import charge
 from spepolicy.machine.pagetables import ipa_entry, va_leaf
@@ -77,36 +77,36 @@ def walk_stage1(m: Machine, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_ta
         par = params(m, i)
         v = vcpu_row(m, i, k)
         fresh = pins(m, i, k)[1 - v.pin_list]
-        count = 0
-        reads = 0
-        table = -1
-        slot = -1
-        before = -1
-        v.walk_lo = lo[n]
-        v.walk_hi = lo[n]
-        for page in range(lo[n] >> 12, (hi[n] + 0xFFF) >> 12):
-            va = page << 12
-            if va >> 21 != table:
-                slot, _entry, steps = va_leaf(m, i, va)
+        tables = pool(m, i)
+        room, page0, ram_pages = fresh.shape[0], par.ram_page0, par.ram_pages
+        count, reads, failed = 0, 0, 0
+        table, slot, before = -1, -1, -1
+        page, end = lo[n] >> 12, (hi[n] + 0xFFF) >> 12
+        while page < end:
+            if page >> 9 != table:
+                slot, _entry, steps = va_leaf(m, i, page << 12)
                 reads += steps
-                table = va >> 21
+                table = page >> 9
                 if pin_tables != 0:
-                    count = _collect_tables(m, i, k, va, count)
+                    count = _collect_tables(m, i, k, page << 12, count)
             else:
                 reads += 1
-            descriptor = pool(m, i)[slot, page & 511] if slot >= 0 else 0
-            status[n] = leaf_status(descriptor)
-            guest_page = ((descriptor & OA_MASK) >> 12) - par.ram_page0
-            if status[n] == 0 and (guest_page < 0 or guest_page >= par.ram_pages):
-                status[n] = STAGE1 | FSC_TRANSLATION | 3  # points outside the VM's memory: nothing to pin
-            if status[n] != 0 or count >= fresh.shape[0]:
+            descriptor = cell(tables, slot, page & 511) if slot >= 0 else 0
+            failed = leaf_status(descriptor)
+            guest_page = ((descriptor & OA_MASK) >> 12) - page0
+            if failed == 0 and (guest_page < 0 or guest_page >= ram_pages):
+                failed = STAGE1 | FSC_TRANSLATION | 3  # points outside the VM's memory: nothing to pin
+            if failed != 0 or count >= room:
                 break
             if one_range != 0 and before >= 0 and guest_page != before + 1:
                 break
             before = guest_page
-            fresh[count] = guest_page
+            fresh[np.uint64(count)] = guest_page
             count += 1
-            v.walk_hi = (page + 1) << 12
+            page += 1
+        status[n] = failed
+        v.walk_lo = lo[n]
+        v.walk_hi = page << 12 if page << 12 > lo[n] else lo[n]
         v.pin_fresh = count
         v.walk_status = status[n] & (FSC_MASK | STAGE1)
         log(m, i, k, WALKED, v.walk_status, count, ZERO)

@@ -79,7 +79,8 @@ def unpin_all(m: Machine, lanes: Ints) -> None:
         vm.slots_locked = 0
         words = host_page(m, i)
         for page in range(words.shape[0]):
-            words[page] &= ~(PIN_MASK | SKIPPED)
+            if words[page] & (PIN_MASK | SKIPPED) != 0:  # few are, and the rest need not be written back
+                words[page] &= ~(PIN_MASK | SKIPPED)
         end = 0
         for k in range(params(m, i).vcpus):
             v = vcpu_row(m, i, k)
