@@ -345,18 +345,28 @@ def clear_syndrome(v: Any) -> None:
 
 
 @jit
+def interrupt_syndrome(m: Machine, i: int, k: int) -> int:
+    """How a handler begins: read PMBSR_EL1 and return it, or 0 where the interrupt is spurious and dealt with."""
+    v = vcpu_row(m, i, k)
+    syndrome = visible_syndrome(params(m, i), v)
+    access(m, i, k, 1, 0)
+    v.virq = 0
+    if syndrome & PMBSR_S != 0 and v.handle_open != 0:
+        return syndrome
+    truth_row(m, i, k).spurious += 1
+    log(m, i, k, HANDLED, ZERO, syndrome, ZERO)
+    if syndrome & PMBSR_S != 0:
+        clear_syndrome(v)
+    return 0
+
+
+@jit
 def handle_interrupt(m: Machine, i: int, k: int) -> bool:
     """arm_spe_pmu_irq_handler(). Return True if it left the buffer enabled by its write to PMBSR_EL1 (spe.md 3.4)."""
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
-    syndrome = visible_syndrome(params(m, i), v)
-    access(m, i, k, 1, 0)
-    v.virq = 0
-    if syndrome & PMBSR_S == 0 or v.handle_open == 0:
-        tr.spurious += 1
-        log(m, i, k, HANDLED, ZERO, syndrome, ZERO)
-        if syndrome & PMBSR_S != 0:
-            clear_syndrome(v)
+    syndrome = interrupt_syndrome(m, i, k)
+    if syndrome == 0:
         return False
     access(m, i, k, 1, 0)  # PMBPTR_EL1
     fatal = collect(m, i, k, syndrome)

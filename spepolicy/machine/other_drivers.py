@@ -14,16 +14,16 @@ told; what was written is copied out when the user stops. Inferred: that a drive
 
 from __future__ import annotations
 
-from spepolicy.arch.registers import BSC_FULL, EC_OTHER, PMBSR_DL, PMBSR_EC_MASK, PMBSR_EC_SHIFT, PMBSR_S
+from spepolicy.arch.registers import BSC_FULL, EC_OTHER, PMBSR_DL, PMBSR_EC_MASK, PMBSR_EC_SHIFT
 from spepolicy.jit import jit
 from spepolicy.machine.kvm import access
 from spepolicy.machine.linux_spe import (
     clear_syndrome,
     collect,
+    interrupt_syndrome,
     output_begin,
     settle_records,
     stop_sampling,
-    visible_syndrome,
 )
 from spepolicy.machine.rows import params, truth_row, vcpu_row
 from spepolicy.machine.shadow import read_limit, write_limit
@@ -37,14 +37,8 @@ def freebsd_interrupt(m: Machine, i: int, k: int) -> bool:
     par = params(m, i)
     v = vcpu_row(m, i, k)
     tr = truth_row(m, i, k)
-    syndrome = visible_syndrome(par, v)
-    access(m, i, k, 1, 0)
-    v.virq = 0
-    if syndrome & PMBSR_S == 0 or v.handle_open == 0:
-        tr.spurious += 1
-        log(m, i, k, HANDLED, ZERO, syndrome, ZERO)
-        if syndrome & PMBSR_S != 0:
-            clear_syndrome(v)
+    syndrome = interrupt_syndrome(m, i, k)
+    if syndrome == 0:
         return False
     if (syndrome & PMBSR_EC_MASK) >> PMBSR_EC_SHIFT == EC_OTHER and syndrome & 0x3F == BSC_FULL:
         access(m, i, k, 1, 0)  # PMBPTR_EL1
