@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from spepolicy.batch import Vcpus, Vms, WalkedVcpus
 from spepolicy.hookspecs import Cause, Event, Failure, Trap, hookimpl
 
-__all__ = ["Answering"]
+__all__ = ["ANSWERS", "Answering"]
 
-# Answer -> what the guest is told or KVM does, and whether DL is set. E9 is an exit to the VMM.
-_ANSWERS: dict[str, tuple[Event | Failure, bool]] = {
+# Answer -> what the guest is told or KVM does, and whether DL is set. E9, an exit to the VMM, is not in it.
+ANSWERS: dict[str, tuple[Event | Failure, bool]] = {
     "E1": (Event.STAGE2_ABORT, False),
     "E2": (Event.EXTERNAL_ABORT, False),
     "E3": (Failure.SERROR, False),
@@ -44,7 +44,7 @@ class Answering:
             _raise_limit(walk.ok)
             return
         walk.ok.map()
-        answer, data_loss = _ANSWERS[self.answer]
+        answer, data_loss = ANSWERS[self.answer]
         if isinstance(answer, Event):
             walk.ok.inject(answer, data_loss=data_loss)
         else:

@@ -8,63 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from spepolicy.batch import Vcpus, Vms
+from spepolicy.batch import Vcpus
+from spepolicy.catalogue.answering import ANSWERS, Answering
 from spepolicy.drivers.simulate import Result, simulate
 from spepolicy.errors import HookError
-from spepolicy.hookspecs import Cause, Event, Failure, Trap, hookimpl
+from spepolicy.hookspecs import Failure, hookimpl
 from spepolicy.judge.records import check_conservation, check_profile, check_time
 from spepolicy.machine.scenario import Cpu, GuestDriver, Scenario, SessionMode
 from spepolicy.machine.state import LostCause
 
 from ..properties.scenarios import MS, QUIET, US, conserved, guest, scenario
 
-ANSWERS: tuple[tuple[str, Event | Failure, bool], ...] = (
-    ("E1", Event.STAGE2_ABORT, False), ("E2", Event.EXTERNAL_ABORT, False), ("E3", Failure.SERROR, False),
-    ("E4", Event.IMPDEF, True), ("E5", Failure.DISABLE, False), ("E6", Failure.RUN_ERROR, False),
-    ("E7", Failure.IGNORE, False), ("E8", Event.TOO_LARGE, False), ("E9", Event.IMPDEF, False),
-    ("E10", Failure.COLLISION, False), ("E11", Failure.HOST_PANIC, False), ("E12", Failure.SIDEBAND, False),
-)  # fmt: skip
-BY_ID = {name: (answer, data_loss) for name, answer, data_loss in ANSWERS}
 EVENTS = ("E1", "E2", "E4", "E7", "E8")  # those that end in PMBSR_EL1
 DEADLY = {"E3": Failure.SERROR, "E6": Failure.RUN_ERROR, "E11": Failure.HOST_PANIC}
-
-
-@dataclass
-class Answering:
-    """Repair every page that faults, and give each fault one answer; E9 exits to a VMM that raises the limit."""
-
-    answer: str = "E1"
-
-    @hookimpl
-    def traps(self) -> Trap:
-        return Trap.PMB
-
-    @hookimpl
-    def stage2_fault(self, faults: Vcpus) -> None:
-        faults.claim(Cause.NOT_PINNED)
-        walk = faults.walk_stage1(faults.buffer_lo, faults.buffer_hi)
-        walk.failed.inject(Event.STAGE1_ABORT)
-        good = walk.ok
-        answer, data_loss = BY_ID[self.answer]
-        if self.answer == "E9":
-            pinned = good.pin()
-            pinned.ok.unpin_previous()
-            pinned.ok.resume()
-            short = pinned.over_limit
-            short.exit_to_vmm()
-            again = short.walk_stage1(short.buffer_lo, short.buffer_hi).ok.pin(ignore_limit=True)
-            again.ok.unpin_previous()
-            again.ok.resume()
-            return
-        good.map()
-        if isinstance(answer, Event):
-            good.inject(answer, data_loss=data_loss)
-        else:
-            good.fail(answer)
-
-    @hookimpl
-    def vm_destroyed(self, vms: Vms) -> None:
-        vms.unpin_all()
 
 
 def machine(driver: GuestDriver = GuestDriver.LINUX, **changes: Any) -> Scenario:
@@ -87,7 +43,7 @@ def run(name: str, where: Scenario, lanes: int = 3) -> Result:
 
 
 @pytest.mark.parametrize("driver", list(GuestDriver), ids=lambda driver: driver.name)
-@pytest.mark.parametrize("name", BY_ID)
+@pytest.mark.parametrize("name", [*ANSWERS, "E9"])
 def test_every_answer_to_every_driver_accounts_for_every_record(name: str, driver: GuestDriver) -> None:
     result = run(name, machine(driver, vcpus=2, renew_ps=600 * US))
     assert (result.vm["finished"] == 1).all()
@@ -223,4 +179,4 @@ def test_a_failure_must_be_one() -> None:
             faults.fail(3)  # type: ignore[arg-type]
 
     with pytest.raises(HookError, match=r"spepolicy\.hookspecs\.Failure"):
-        simulate(machine(), Wrong(), name="wrong", replicates=[0])
+        simulate(machine(), Wrong("E1"), name="wrong", replicates=[0])
