@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,8 @@ from spepolicy.cli import main
 from spepolicy.explore.properties import PROPERTIES
 from spepolicy.explore.scenario import read, run
 from spepolicy.plugins import build_policy
+
+from ..lab.stored_runs import read_back
 
 
 @pytest.fixture
@@ -90,24 +90,6 @@ def test_what_is_wrong_is_said(folder: Path, capsys: pytest.CaptureFixture[str],
     assert message in capsys.readouterr().err
 
 
-READ_BACK = """
-import json, os
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-from mlflow.tracking import MlflowClient
-client = MlflowClient()
-found = []
-for experiment in client.search_experiments():
-    for run in client.search_runs([experiment.experiment_id]):
-        history = client.get_metric_history(run.info.run_id, "states_by_depth")
-        found.append({
-            "name": run.info.run_name, "status": run.info.status, "tags": run.data.tags, "params": run.data.params,
-            "metrics": run.data.metrics, "depths": [[point.step, point.value] for point in history],
-            "files": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
-        })
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.slow
 def test_an_exploration_goes_to_mlflow_a_run_a_policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["+policy=eager_pin", "policy.pin_stage1_tables=true", "explore=quiet_host", "explore.max_depth=6"]
@@ -116,10 +98,7 @@ def test_an_exploration_goes_to_mlflow_a_run_a_policy(folder: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "mlflow ui" in out
     told = json.loads((result(folder) / "exploration.json").read_text())
-    answer = subprocess.run(
-        [sys.executable, "-c", READ_BACK], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout
-    runs = {row["params"]["policy"]: row for row in json.loads(answer)}
+    runs = {row["params"]["policy"]: row for row in read_back(folder, "states_by_depth")}
     assert set(runs) == set(told) == {"eager_pin", "map_on_fault"}
     for policy, row in runs.items():
         mine = told[policy]
@@ -127,7 +106,7 @@ def test_an_exploration_goes_to_mlflow_a_run_a_policy(folder: Path, capsys: pyte
         assert (row["metrics"]["states"], row["metrics"]["depth"], row["metrics"]["complete"]) == (
             mine["states"], mine["depth"], 0.0
         )  # fmt: skip
-        assert [value for _, value in row["depths"]] == mine["states_by_depth"]
+        assert [value for _, value in row["series"]] == mine["states_by_depth"]
         shortest = {
             f"steps_to_break/{v['property']}": min(
                 w["steps"] for w in mine["violations"] if w["property"] == v["property"]

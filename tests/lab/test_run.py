@@ -25,6 +25,7 @@ from spepolicy.lab.run import Plan, Report, TrackingSettings, execute
 from spepolicy.lab.summary import WIDTH
 
 from ..judge.hand_made_results import eventful_result, scenario
+from .stored_runs import read_back
 
 FILES = {
     "metrics.json", "config.json", "lanes.parquet", "blackouts.parquet", "errata.json", "errata.md", "errata.rst",
@@ -297,22 +298,14 @@ def test_mlflow_gets_one_run_a_policy_and_the_files(tmp_path: Path, monkeypatch:
     assert report.tracked is not None
     assert report.tracked.link() in report.summary()
     assert "mlflow" not in sys.modules
-    script = (
-        "import json, os; os.environ['MLFLOW_DISABLE_TELEMETRY'] = 'true'\n"
-        "from mlflow.tracking import MlflowClient\n"
-        "client = MlflowClient(); e = client.get_experiment_by_name('spepolicy').experiment_id\n"
-        "print(json.dumps([[r.info.run_name, r.data.tags, r.data.params, r.data.metrics,"
-        " sorted(a.path for a in client.list_artifacts(r.info.run_id))] for r in client.search_runs([e])]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    runs = {tags["policy"]: rest for _, tags, *rest in json.loads(done.stdout)}
-    names = {name: tags["role"] for name, tags, *_ in json.loads(done.stdout)}
+    runs = {run["tags"]["policy"]: run for run in read_back(tmp_path)}
+    names = {run["name"]: run["tags"]["role"] for run in runs.values()}
     assert names == {
         "sample seed=1": "chosen",
         "bare_metal (baseline of sample seed=1)": "baseline",
         "pin_vm (baseline of sample seed=1)": "baseline",
     }
-    params, metrics, artifacts = runs["sample"]
+    params, metrics = runs["sample"]["params"], runs["sample"]["metrics"]
     assert len(params.pop("workload.content_hash")) == 12
     assert params == {
         "policy": "sample",
@@ -321,12 +314,12 @@ def test_mlflow_gets_one_run_a_policy_and_the_files(tmp_path: Path, monkeypatch:
         "guest.filter.load": "False",
         "workload.source": "by hand",
     }
-    assert runs["pin_vm"][0]["policy.depth"] == "9"
-    assert set(artifacts) == FILES
+    assert runs["pin_vm"]["params"]["policy.depth"] == "9"
+    assert set(runs["sample"]["files"]) == FILES
     assert metrics["blackout_pct"] == report.metrics["blackout_pct"]
     assert metrics["ci95/blackout_pct"] == report.metrics["blackout_pct_ci95"]
     assert "blackout_over_time/stage2_host_ms_per_s" in metrics
-    assert runs["pin_vm"][1]["blackout_pct"] == report.metrics["pin_vm.blackout_pct"]
+    assert runs["pin_vm"]["metrics"]["blackout_pct"] == report.metrics["pin_vm.blackout_pct"]
 
 
 def test_importing_the_lab_imports_nothing_heavy(tmp_path: Path) -> None:

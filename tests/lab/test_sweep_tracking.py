@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import pandas
@@ -14,43 +11,16 @@ import pytest
 
 from spepolicy.lab.mlflow_writer import _git_tags
 
+from .stored_runs import read_back
 from .sweeps import TRACKED, Run, folder_of
 
-READ_BACK = """
-import json, os
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-from mlflow.tracking import MlflowClient
-client = MlflowClient()
-found = []
-for experiment in client.search_experiments():
-    for run in client.search_runs([experiment.experiment_id]):
-        history = client.get_metric_history(run.info.run_id, "blackout_over_time_ms_per_s")
-        found.append({
-            "experiment": experiment.experiment_id, "name": run.info.run_name, "status": run.info.status,
-            "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics,
-            "steps": [point.step for point in history],
-            "datasets": [(d.dataset.name, [t.value for t in d.tags]) for d in run.inputs.dataset_inputs],
-            "files": sorted(item.path for item in client.list_artifacts(run.info.run_id)),
-        })
-print(json.dumps(found))
-"""
-
-
 GIT_HEAD = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
-
-
-def read_back(folder: Path) -> list[dict[str, Any]]:
-    answer = subprocess.run(
-        [sys.executable, "-c", READ_BACK], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout
-    found: list[dict[str, Any]] = json.loads(answer)
-    return found
 
 
 def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path: Path) -> None:
     status, out, err = run(*TRACKED)
     assert (status, err) == (0, "")
-    runs = read_back(tmp_path)
+    runs = read_back(tmp_path, "blackout_over_time_ms_per_s")
     sweep = "/".join(folder_of(out).parts[-2:])
     assert {each["tags"]["sweep"] for each in runs} == {sweep}
     assert not any("mlflow.parentRunId" in each["tags"] for each in runs)
@@ -68,8 +38,9 @@ def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path
         assert each["metrics"]["stolen_pct"] == row["stolen_pct"]
         assert each["metrics"].get("ci95/stolen_pct") == row["stolen_pct_ci95"]
         assert each["metrics"]["lanes"] == 4
-        assert 10 < len(each["steps"]) <= 100
-        assert max(each["steps"]) < 1000, "steps are us of guest time"
+        steps = [step for step, _ in each["series"]]
+        assert 10 < len(steps) <= 100
+        assert max(steps) < 1000, "steps are us of guest time"
         assert [contexts for _, contexts in each["datasets"]] == [["workload"]]
         commit = subprocess.run(GIT_HEAD, capture_output=True, text=True, check=False).stdout.strip()
         if commit:  # else the checkout is a copy without its history, as .ci/run makes one
@@ -79,7 +50,7 @@ def test_a_configuration_is_a_flat_run_and_the_sweep_one_more(run: Run, tmp_path
     assert {"sweep.json", "configurations.csv", "errata.json"} <= set(summary["files"])
     assert "eager_pin buffer=64KiB" in summary["tags"]["mlflow.note.content"]
     link = unquote(next(line.strip() for line in out.splitlines() if "/#/experiments/" in line))
-    assert link.startswith(f"http://127.0.0.1:5000/#/experiments/{summary['experiment']}/runs?")
+    assert link.startswith(f"http://127.0.0.1:5000/#/experiments/{summary['experiment_id']}/runs?")
     assert f"searchFilter=tags.sweep = '{sweep}' and tags.kind = 'configuration'&" in link
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -21,26 +22,7 @@ from spepolicy.lab.tracking import (
     without_password,
 )
 
-# Run by a fresh interpreter in the folder of the store, with nothing configured, as `mlflow ui` is.
-READ_BACK = """
-import json, os
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-import mlflow
-from mlflow.tracking import MlflowClient
-client = MlflowClient()
-found = []
-for experiment in client.search_experiments():
-    for run in client.search_runs([experiment.experiment_id]):
-        path = [mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=item.path)
-                for item in client.list_artifacts(run.info.run_id)]
-        found.append({
-            "experiment": experiment.name, "name": run.info.run_name, "status": run.info.status,
-            "tags": run.data.tags, "params": run.data.params, "metrics": run.data.metrics,
-            "history": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "over_time/x")],
-            "files": {os.path.basename(p): open(p).read() for p in path},
-        })
-print(json.dumps(found))
-"""
+from .stored_runs import read_back
 
 
 def record(name: str, **changes: Any) -> RunRecord:
@@ -66,16 +48,16 @@ def test_runs_are_found_by_mlflow_with_no_further_setting(tmp_path: Path, monkey
         )
     assert tracked.ui_command() == "mlflow ui"
     assert len(set(tracked.run_ids)) == 2
-    done = subprocess.run([sys.executable, "-c", READ_BACK], capture_output=True, text=True, check=True, cwd=tmp_path)
-    runs = {run["name"]: run for run in json.loads(done.stdout)}
+    runs = {run["name"]: run for run in read_back(tmp_path, "over_time/x")}
     assert set(runs) == {"eager_pin", "pin_vm"}
     first = runs["eager_pin"]
     assert first["experiment"] == "test of tracking"
     assert (first["status"], runs["pin_vm"]["status"]) == ("FINISHED", "KILLED")
     assert first["params"] == record("x").params
     assert {name: value for name, value in first["metrics"].items() if name != "over_time/x"} == record("x").metrics
-    assert first["history"] == [[step, step / 3] for step in range(1200)]
-    assert first["files"] == {"errata.md": "the page"}
+    assert first["series"] == [[step, step / 3] for step in range(1200)]
+    assert first["files"] == ["errata.md"]
+    assert (tmp_path / unquote(urlsplit(first["artifacts"]).path) / "errata.md").read_text() == "the page"
     assert first["tags"]["role"] == "chosen"
     assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlruns", "errata.md"}
 
