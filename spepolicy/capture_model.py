@@ -1,9 +1,10 @@
 """A workload from a capture: SPE records of a perf.data file, turned into the description of the program that they
 show.
 
-*Taken from the records*: functions (names from symbols of the files that the capture maps, else a cluster of code),
-EL0 and kernel, operation mix, branches taken and mispredicted, the level that served an access, total latencies by
-kind of operation and by function, time per operation, phases over time.
+*Taken from the records*: functions (names from symbols of the files that the capture maps, if these files are on this
+computer, else a cluster of code), EL0 and kernel, operation mix, branches taken and mispredicted, the level that
+served an access, the addresses of data if the records have them (`spepolicy.workload_data` says what is kept), total
+latencies by kind of operation and by function, time per operation, phases over time.
 
 *Time per operation*: a record stands for as many operations as the sampling period. The time from the record before it
 counts for its function. Pauses, 20 times longer than the median, are left out: another task ran, or records were lost.
@@ -30,6 +31,7 @@ from spepolicy.workload import Events
 from spepolicy.workload_model import (
     COUNTED,
     NO_SYSCALLS,
+    Accesses,
     FunctionCounts,
     PhaseCounts,
     describe,
@@ -79,7 +81,8 @@ def describe_capture(capture: Capture, *, thread: int | None = None, cpu_ghz: fl
         for n, (name, row) in enumerate(zip(functions, counts.tolist(), strict=True))
     }
     phases = _phases(records["pc_el"] > 0, function, functions, gaps, cycles * period / ghz)
-    return describe(_source(capture, len(records)), latencies, phases, described)
+    accesses = _accesses(records, level, functions, function)
+    return describe(_source(capture, len(records)), latencies, phases, described, accesses)
 
 
 def _rows(capture: Capture, thread: int | None) -> NDArray[np.int64]:
@@ -179,6 +182,16 @@ def _kinds(records: NDArray[Any], level: NDArray[np.int64]) -> tuple[NDArray[np.
     kind[store] = 3
     kind[load] = 4 + level[load]
     return kind, np.where(store | load, level, 0)
+
+
+def _accesses(
+    records: NDArray[Any], level: NDArray[np.int64], functions: list[str], function: NDArray[np.int64]
+) -> Accesses:
+    """Return the loads and stores whose address was recorded."""
+    load, store = is_load(records), is_store(records)
+    told = (load | store) & (records["present"] & int(Present.VA) != 0)
+    kind = 2 * (store & ~load) + (level > 0)
+    return Accesses(functions, function[told], kind[told].astype(np.int64), records["va"][told])
 
 
 _KINDS = ("other", "branch", "mispredict", "store", *_LEVELS)

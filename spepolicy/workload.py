@@ -19,6 +19,7 @@ A description has these sections. A key that is not marked optional is needed, a
                  phases in the order written, then starts over.
 `other`          distributions `user` and `kernel` of the guest's task that is not profiled.
 `driver`         optional: the distribution of the guest's SPE driver. Without it, `DRIVER` below is added.
+`data`           optional: which memory the functions access, for the addresses of a record (`spepolicy.workload_data`).
 
 A share that is not written is 0. Shares sum to 1 within 1e-6 and are then scaled to do so exactly.
 
@@ -45,6 +46,7 @@ from numpy.typing import NDArray
 from spepolicy.alias import SLOTS, TABLE_DRAWS, alias_table, apportion, table_counts
 from spepolicy.description import Node
 from spepolicy.machine.scenario import Cpu, OpType, Workload
+from spepolicy.workload_data import build_data
 
 __all__ = ["DRIVER", "Events", "build_workload", "outcome_counts"]
 
@@ -173,6 +175,7 @@ def build_workload(spec: Mapping[str, Any], *, where: str, cycle_ps: int = Cpu.c
         other_kernel=row[other["kernel"].one_of(row, "distribution")],
         driver=row[section["driver"].one_of(row, "distribution")],
         source=source,
+        data=build_data(section["data"], tuple(functions)) if "data" in section else None,
     )
 
 
@@ -184,7 +187,7 @@ def outcome_counts(workload: Workload) -> NDArray[np.int64]:
 def _sections(description: Node) -> dict[str, Node]:
     """Return the sections, with the built-in SPE driver added if the description has none."""
     needed = ("source", "latencies", "behaviours", "functions", "distributions", "phases", "other")
-    section = description.fields(needed, ("driver",))
+    section = description.fields(needed, ("driver", "data"))
     if "driver" in section:
         return section
     for name, added in DRIVER.items():

@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.alias import SLOTS
+from spepolicy.workload_data import describe_data
 
 __all__ = [
     "COUNTED",
     "NO_SYSCALLS",
     "REST",
+    "Accesses",
     "FunctionCounts",
     "PhaseCounts",
     "describe",
@@ -81,6 +83,17 @@ class FunctionCounts:
 
 
 @dataclass
+class Accesses:
+    """A sample of the accesses to data, of which each is as likely to be in it."""
+
+    names: Sequence[str]  # of functions
+    function: NDArray[np.int64]  # [n] index in names
+    kind: NDArray[np.int64]  # [n] index in spepolicy.machine.data_addresses.KINDS
+    address: NDArray[np.uint64]  # [n] VA
+    regions: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> VA and bytes
+
+
+@dataclass
 class PhaseCounts:
     """A phase: operations by function at EL0 and in the kernel, and its mean durations."""
 
@@ -119,7 +132,11 @@ def phases_of(shares: NDArray[np.float64], most: int = 6, distance: float = 0.15
 
 
 def describe(
-    source: str, latencies: Any, phases: Sequence[PhaseCounts], functions: dict[str, FunctionCounts]
+    source: str,
+    latencies: Any,
+    phases: Sequence[PhaseCounts],
+    functions: dict[str, FunctionCounts],
+    accesses: Accesses | None = None,
 ) -> dict[str, Any]:
     """Return the description of a workload, for `spepolicy.workload.build_workload`.
 
@@ -128,6 +145,7 @@ def describe(
 
     :param latencies: the section `latencies` of the description.
     :param functions: counts of every function that a phase names.
+    :param accesses: a sample of the accesses of these functions.
     """
     functions = dict(functions)
     user = [_fitted(phase.user, functions) for phase in phases]
@@ -158,12 +176,34 @@ def describe(
             "syscall_gap": _duration(phase.syscall_gap_ns),
             "syscall": _duration(phase.syscall_ns),
         }
+    if accesses is not None and len(accesses.address):
+        in_kernel = {name for phase in phases for name in phase.kernel if name not in phase.user}
+        description |= _data(accesses, kept, in_kernel)
     return description
+
+
+def _data(accesses: Accesses, kept: set[str], in_kernel: set[str]) -> dict[str, Any]:
+    """Return the section `data`, if there is enough to say. What is not a function of its own is in `REST`."""
+    rest = {name: _rest(name in in_kernel) for name in accesses.names}
+    names = [name if name in kept else rest[name] for name in accesses.names]
+    known = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    function = np.array([known[name] for name in names], np.int64)[accesses.function]
+    cuts = sorted({edge for begin, size in accesses.regions.values() for edge in (begin, begin + size)})
+    found = describe_data(list(known), function, accesses.kind, accesses.address, cuts)
+    found = {name: kinds for name, kinds in found.items() if name in kept}
+    if not found:
+        return {}
+    regions = {name: f"{begin:#x}+{size}" for name, (begin, size) in accesses.regions.items()}
+    return {"data": ({"regions": regions} if regions else {}) | {"functions": found}}
 
 
 def _duration(nanoseconds: float) -> str:
     microseconds = min(max(nanoseconds, 1.0), _LONGEST_GAP_NS) / 1000
     return f"{round(microseconds)}us" if microseconds >= 1000 else f"{microseconds:.3f}us"
+
+
+def _rest(kernel: bool) -> str:
+    return f"{REST} of the kernel" if kernel else REST
 
 
 def _fitted(
@@ -172,7 +212,7 @@ def _fitted(
     """Return shares of the functions with most operations; *functions* gains the sum of the others, if there are
     any.
     """
-    rest = f"{REST} of the kernel" if kernel else REST
+    rest = _rest(kernel)
     total = sum(operations.values())
     by_size = sorted(operations, key=lambda name: (-operations[name], name))
     kept: list[str] = []

@@ -13,6 +13,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.machine.data_addresses import DataAddresses
 from spepolicy.machine.hostops import Backing, Kernel
 
 __all__ = [
@@ -296,6 +297,7 @@ class Workload:
     loop_first: NDArray[np.int64] | None = None  # [D] index in loop_outcome of the body's first operation
     loop_length: NDArray[np.int64] | None = None  # [D] operations in the body; 0: no loop, draws from the alias table
     loop_outcome: NDArray[np.int64] | None = None  # [L] outcomes in program order
+    data: DataAddresses | None = None  # of which the machine needs nothing; None: not known
     source: str = ""
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from hashlib import sha1
 from pathlib import Path
+from re import sub
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ PROGRAM, OTHER = "program", "other"  # comm of the profiled task and of the othe
 _KERNEL_BYTES = 0x10000
 _SPE_IDS, _DUMMY_IDS = 100, 200  # and the number of the vCPU
 _ITRACE = 1  # PERF_AUXTRACE_ERROR_ITRACE
-_PROT_READ_EXECUTE, _MAP_PRIVATE = 5, 2
+_PROT_READ_WRITE, _PROT_READ_EXECUTE, _MAP_PRIVATE = 3, 5, 2
 _PIECE_BYTES = 1 << 26  # an AUXTRACE record's data, a limit only on what is held twice
 
 
@@ -141,7 +142,17 @@ class _Lane:
                 code = Mmap2(pid, pid, USER_BASE, parts.size, 0, _identity(parts.program.build_id), _PROT_READ_EXECUTE,
                              _MAP_PRIVATE, str(folder / PROGRAM_FILE))  # fmt: skip
                 w.add(Type.MMAP2, code, who, Misc.USER | Misc.MMAP_BUILD_ID)
+            self._data_regions(first_thread(k), SampleId(first_thread(k), first_thread(k), 0, k, _DUMMY_IDS + k))
         w.add(Type.FINISHED_INIT)
+
+    def _data_regions(self, pid: int, who: SampleId) -> None:
+        """Write where the program's data lie, if the workload knows, so that perf names them: [heap], [stack]."""
+        known = self.scenario.workload.data
+        for region in known.regions if known else ():
+            name = sub(r" \d+$", "", region.name)  # several of a name are numbered
+            name = "//anon" if name == "anon" else name
+            mapped = Mmap2(pid, pid, region.begin, region.size, 0, bytes(24), _PROT_READ_WRITE, _MAP_PRIVATE, name)
+            self.writer.add(Type.MMAP2, mapped, who, Misc.USER | Misc.MMAP_DATA)
 
     def body(self) -> None:
         """Write everything that happens, by time."""

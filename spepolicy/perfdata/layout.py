@@ -78,6 +78,7 @@ class Misc(IntFlag):
     USER = 2
     SWITCH_OUT = 1 << 13  # of SWITCH and SWITCH_CPU_WIDE
     COMM_EXEC = 1 << 13  # of COMM
+    MMAP_DATA = 1 << 13  # of MMAP2: what is mapped is not executable
     MMAP_BUILD_ID = 1 << 14  # of MMAP2: a build id stands in place of device and inode
 
 

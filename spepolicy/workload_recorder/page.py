@@ -26,6 +26,8 @@ _SECTIONS = {
     "phases": "In the order of the run. length, syscall_gap: operations counted, times the modelled time of each. "
     "source: recording; syscall: assumption, range 0.2us..20us. A gap of ten lengths: none was seen",
     "other": "source: assumption",
+    "data": "Where loads and stores of a function go, in the L1 or beyond: BEGIN+BYTES/STEP and the share of accesses. "
+    "source: recording, one access in 128; order, strides and streams are not kept (spepolicy/workload_data.py)",
 }
 
 
@@ -35,10 +37,17 @@ def page(title: str, story: str, description: Mapping[str, Any]) -> str:
     text = "\n#\n".join("\n".join(f"# {line}" for line in part.splitlines()) for part in paragraphs)
     parts = [_HEAD.format(title=title, story=text), f"source: {_scalar(description['source'])}\n"]
     for section, comment in _SECTIONS.items():
+        if section not in description:
+            continue
         lines = [f"# {line}" for line in textwrap.wrap(comment + ".", 118)]
         value = description[section]
         if section == "other":
             lines.append(f"other: {_flow(value)}")
+        elif section == "data":
+            lines.append("data:")
+            for part, entries in value.items():
+                lines.append(f"  {part}:")
+                lines += [f"    {_scalar(name)}: {_flow(entry)}" for name, entry in entries.items()]
         else:
             lines.append(f"{section}:")
             lines += [f"  {_scalar(name)}: {_flow(entry)}" for name, entry in value.items()]

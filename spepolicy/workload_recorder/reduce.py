@@ -1,6 +1,7 @@
 """From the counts of a run to a workload: functions, phases, operation mix, memory behaviour, time.
 
-*Counted*: operations by type, branches, which level of the modelled caches serves an access, system calls.
+*Counted*: operations by type, branches, which level of the modelled caches serves an access, system calls; of one
+access in a hundred or so, its address (`spepolicy.workload_data` says what is kept of them).
 
 *Modelled*: time, for an emulator has none. Intervals between misses as Karkhanis and Smith describe them ("A
 first-order superscalar processor model", ISCA 2004): an operation takes a third of a cycle; a mispredicted branch
@@ -21,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.machine.scenario import Cpu
-from spepolicy.workload_model import COUNTED, NO_SYSCALLS, FunctionCounts, PhaseCounts, describe, phases_of
+from spepolicy.workload_model import COUNTED, NO_SYSCALLS, Accesses, FunctionCounts, PhaseCounts, describe, phases_of
 from spepolicy.workload_recorder.raw import COLUMNS, Raw
 from spepolicy.workload_recorder.symbols import Functions, read_functions
 
-__all__ = ["describe_run", "functions_of"]
+__all__ = ["describe_run", "functions_of", "regions_of"]
 
 DISPATCH = 3  # operations per cycle where nothing waits (assumption; range 2..4, a Neoverse N1 dispatches four)
 IN_FLIGHT = 128  # operations that a Neoverse N1 holds
@@ -34,16 +35,17 @@ NS_PER_CYCLE = Cpu.cycle_ps / 1000
 _AT = {name: index for index, name in enumerate(COLUMNS)}
 
 
-def functions_of(raw: Raw) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the names of functions, and for each row of *raw* the index of its function."""
+def functions_of(raw: Raw) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the names of functions, and the index of its function for each row of *raw*, and for each access."""
     files: dict[str, Functions] = {}
-    lines, where = np.unique(raw.line, return_inverse=True)
+    lines, where = np.unique(np.concatenate([raw.line, raw.accesses["line"]]), return_inverse=True)
     index: dict[str, int] = {}
     of_line = np.empty(len(lines), np.int64)
     for n, line in enumerate(lines.tolist()):
         # Code of two functions in 64 bytes counts for the first.
         of_line[n] = index.setdefault(_name(line << 6, raw, files), len(index))
-    return list(index), of_line[where]
+    rows = len(raw.line)
+    return list(index), of_line[where[:rows]], of_line[where[rows:]]
 
 
 def _name(address: int, raw: Raw, files: dict[str, Functions]) -> str:
@@ -60,7 +62,7 @@ def describe_run(
     raw: Raw, latencies: Mapping[str, Mapping[str, int]], source: str, most_phases: int = 6
 ) -> dict[str, Any]:
     """Return the description of a run as a workload, its section `latencies` being *latencies*."""
-    names, function = functions_of(raw)
+    names, function, accessing = functions_of(raw)
     intervals = len(raw.instructions)
     instructions = raw.count[:, _AT["instructions"]]
     shares = np.zeros((intervals, len(names)))
@@ -86,7 +88,39 @@ def describe_run(
                 syscall_ns=SYSCALL_NS,
             )
         )
-    return describe(source, latencies, phases, functions)
+    accesses = raw.accesses
+    kind = 2 * (1 - accesses["load"].astype(np.int64)) + accesses["miss"]
+    data = Accesses(names, accessing, kind, accesses["address"], regions_of(raw))
+    return describe(source, latencies, phases, functions, data)
+
+
+def regions_of(raw: Raw) -> dict[str, tuple[int, int]]:
+    """Return begin and bytes of the parts of memory that were accessed, by the name that perf gives them.
+
+    The emulator's own memory lies beside the program's, so the stack is the anonymous mapping that is accessed by the
+    stack pointer most, the heap what brk() has moved, and the rest of what is accessed lies in files or is anonymous.
+    """
+    addresses = np.sort(raw.accesses["address"])
+    by_stack_pointer = np.sort(raw.accesses["address"][raw.accesses["by_stack_pointer"]])
+
+    def inside(of: NDArray[np.uint64], begin: int, end: int) -> int:
+        first, last = np.searchsorted(of, np.array([begin, end], np.uint64))
+        return int(last - first)
+
+    parts = [("[heap]", *raw.heap)]
+    stack = max(raw.anonymous, key=lambda m: inside(by_stack_pointer, m.begin, m.end), default=None)
+    if stack is not None and inside(by_stack_pointer, stack.begin, stack.end):
+        parts.append(("[stack]", stack.begin, stack.end))
+    parts += [(Path(m.path).name, m.begin, m.end) for m in raw.mappings]
+    parts += [("anon", m.begin, m.end) for m in raw.anonymous if m is not stack]
+    found: dict[str, tuple[int, int]] = {}
+    for name, begin, end in parts:
+        count = inside(addresses, begin, end)
+        if not count or any(b < end and begin < b + size for b, size in found.values()):
+            continue
+        taken = sum(1 for known in found if known.split(" ")[0] == name)
+        found[f"{name} {taken + 1}" if taken else name] = (begin, end - begin)
+    return found
 
 
 def _function(count: Mapping[str, int], mean: Mapping[str, float]) -> FunctionCounts:

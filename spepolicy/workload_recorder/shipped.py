@@ -1,4 +1,4 @@
-"""Record the four shipped workloads again: `python -m spepolicy.workload_recorder.shipped ROOT FOLDER`.
+"""Record the five shipped workloads again: `python -m spepolicy.workload_recorder.shipped ROOT FOLDER`.
 
 ROOT holds the unpacked arm64 packages of README.md; the files in FOLDER replace those of conf/workload. Inputs are made
 here, from fixed seeds.
@@ -7,9 +7,10 @@ here, from fixed seeds.
 from __future__ import annotations
 
 import argparse
+import random
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,6 +99,20 @@ end
 """
 
 
+_NAMES = 2_000_000  # of which a node of 56 bytes and the name take some 190 MB: six times the system level cache
+_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def _pairs() -> Iterator[str]:
+    """Yield lines of two names: each but the first comes after one of those before it, chosen at random."""
+    draws = random.Random(7)
+    names: list[str] = []
+    for n in range(_NAMES):
+        names.append("".join(draws.choices(_LETTERS, k=6)))
+        if n:
+            yield f"{names[draws.randrange(n)]} {names[n]}\n"
+
+
 @dataclass(frozen=True)
 class Shipped:
     """A workload that is shipped: what to run, and what to say of it."""
@@ -136,8 +151,17 @@ SHIPPED = (
         ("usr/bin/lua5.4", "{input}"),
     ),
     Shipped(
-        "lua_list",
+        "tsort",
         "a pointer chaser",
+        "coreutils 9.1-1",
+        "It sorts 2 million names topologically: each name of its input is searched in a balanced tree of all those "
+        "before it, some twenty nodes one after the other, and where the next is stands in the one before.",
+        ("usr/bin/tsort", "{input}"),
+        ("--skip", "3000000000", "--limit", "3400000000"),
+    ),
+    Shipped(
+        "lua_list",
+        "a pointer chaser in an interpreter",
         "lua5.4 5.4.4-3+deb12u1",
         "A Lua program walks round and round a list of 300,000 tables that were linked in random order: where the "
         "next one is, stands in the one before, which is not in a cache.",
@@ -158,6 +182,9 @@ def _input(name: str, root: Path, folder: Path) -> Path:
                 entry.size = library.stat().st_size
                 with library.open("rb") as content:
                     tar.addfile(entry, content)
+    elif name == "tsort":
+        with path.open("w") as lines:
+            lines.writelines(_pairs())
     else:
         path.write_text({"sqlite": _SQL, "lua": _LUA, "lua_list": _LIST}[name])
     return path

@@ -6,14 +6,37 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from spepolicy.description import Node
 from spepolicy.drivers.simulate import LaneLog, record_lane
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Scenario, SessionMode
+from spepolicy.workload_data import build_data
 from tests.properties.scenarios import US, WORKLOAD, busy_host, guest, policy
 from tests.properties.scenarios import scenario as usual_scenario
 
 # perf takes names of one letter for types of C++ (from 6.12 on).
 NAMED = replace(WORKLOAD, function_names=("parse", "look_up", "chase", "tcp_sendmsg"))
+# Where two of them access memory: heap, stack and more.
+RECORDED = replace(
+    NAMED,
+    data=build_data(
+        Node(
+            {
+                "regions": {
+                    "[stack]": "0x5500000000+16384", "[heap]": "0x5510000000+1048576", "anon": "0x5520000000+65536"
+                },
+                "functions": {
+                    "parse": {"load": "0x5500000100+256/8 0.5, 0x5510000000+65536/8 0.5"},
+                    "look_up": {"load": "0x5510000000+1048576/8 0.8, 0x5520000000+65536/4 0.2"},
+                    "chase": {"load": "0x5510000000+1048576/8 0.7, 0x5520000000+65536/4 0.3"},
+                },
+            },
+            "data",
+            "test",
+        ),
+        NAMED.function_names,
+    ),
+)  # fmt: skip
 NEOVERSE, PACKED = Cpu(), Cpu(align_bytes=1)
 MOVING = busy_host(HostOp.MOVE, interval_ps=300 * US, pages=200)
 
@@ -37,6 +60,7 @@ LANES: dict[str, tuple[str, dict[str, Any], Scenario]] = {
     "filtered": ("bare_metal", {}, scenario(cpu=Cpu(spe_version=3), guest=guest(type_filter=6, min_latency_cycles=20))),
     "el1_only": ("bare_metal", {}, scenario(cpu=NEOVERSE, guest=guest(profile_user=False))),
     "large_records": ("bare_metal", {}, scenario(cpu=Cpu(max_record_bytes=256, align_bytes=256))),
+    "recorded": ("bare_metal", {}, replace(scenario(cpu=NEOVERSE), workload=RECORDED)),
     "packed": ("bare_metal", {}, scenario(cpu=PACKED)),
     # KVM's own buffer, copied to the guest's: as long as the guest's, and shorter, so that it is copied several times.
     "own_buffer": ("copy_buffer", {}, scenario(cpu=NEOVERSE, guest=guest(vcpus=2))),

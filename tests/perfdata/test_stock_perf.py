@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from spepolicy.drivers.simulate import LaneLog
+from spepolicy.machine.scenario import OpType
 from spepolicy.machine.state import LostCause
+from spepolicy.machine.trace import LogKind, samples
 from spepolicy.perfdata import read
 from spepolicy.perfdata.aux_area import AuxArea
 from spepolicy.perfdata.lane import PROGRAM, lane_file, window_name
@@ -110,10 +112,32 @@ def parsed(text: str) -> tuple[list[Sample], list[re.Match[str]], list[int]]:
 @pytest.mark.parametrize("name", LANES)
 def test_perf_script_prints_each_record_and_each_window(name: str, tmp_path: Path) -> None:
     log, areas = written(name, tmp_path)
-    samples, errors, times = parsed(perf(tmp_path, *SCRIPT, "-i", "perf.data")[0])
-    assert samples == expected_samples(log, areas)
+    printed, errors, times = parsed(perf(tmp_path, *SCRIPT, "-i", "perf.data")[0])
+    assert printed == expected_samples(log, areas)
     assert times == sorted(times)
     check_errors(log, errors)
+
+
+def test_perf_names_the_memory_that_a_recorded_program_accesses(tmp_path: Path) -> None:
+    """Shares of the latency of loads and stores by the region that their addresses lie in, and of the kernel's, which
+    perf looks for among the kernel's mappings.
+    """
+    log, _ = written("recorded", tmp_path)
+    report = perf(tmp_path, "report", "--stdio", "--mem-mode", "--itrace=M", "-s", "dso_daddr", "-i", "perf.data")[0]
+    lines = [line.split()[:2] for line in report.splitlines() if re.match(r" +\d", line)]
+    printed = {name: float(share.rstrip("%")) for share, name in lines}
+    workload = log.result.scenario.workload
+    accesses = samples(log.rows, workload)
+    accesses = accesses[(accesses["fate"] == LogKind.WRITTEN) & (accesses["type"] & (OpType.LOAD | OpType.STORE) != 0)]
+    weight = accesses["total"] / accesses["total"].sum() * 100 * (accesses["level"] == 0)
+    assert workload.data is not None
+    expected = {
+        r.name: weight[(accesses["address"] >= r.begin) & (accesses["address"] < r.begin + r.size)].sum()
+        for r in workload.data.regions
+    }
+    expected["[unknown]"] = 100 - sum(expected.values())
+    assert all(share > 1 for share in expected.values())
+    assert printed == pytest.approx(expected, abs=0.05)
 
 
 def check_errors(log: LaneLog, errors: list[re.Match[str]]) -> None:

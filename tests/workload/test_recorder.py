@@ -13,11 +13,11 @@ import yaml
 
 from spepolicy.errors import RecordingError
 from spepolicy.workload import build_workload
-from spepolicy.workload_recorder.raw import COLUMNS, Raw, read_raw
-from spepolicy.workload_recorder.reduce import describe_run
+from spepolicy.workload_recorder.raw import ACCESS, COLUMNS, Raw, read_raw
+from spepolicy.workload_recorder.reduce import describe_run, regions_of
 from spepolicy.workload_recorder.run import record, why_not
 from spepolicy.workload_recorder.shipped import SHIPPED
-from tests.workload.aarch64_program import BSS_TO_X1, EXIT, b_ne, mov_x0, write_program
+from tests.workload.aarch64_program import BSS, BSS_TO_X1, EXIT, b_ne, mov_x0, write_program
 
 LATENCIES = yaml.safe_load(
     (Path(__file__).resolve().parents[2] / "conf" / "workload" / "latencies" / "neoverse.yaml").read_text()
@@ -76,6 +76,30 @@ def test_a_stream_is_prefetched(tmp_path: Path) -> None:
 
 
 @needs_emulator
+def test_addresses_are_those_of_the_program(tmp_path: Path) -> None:
+    """A loop loads every eighth word of a part of its memory, and stores to one place of its stack."""
+    loop = [0xF8440422, 0xF90003E2, 0xF1000400, b_ne(3)]  # ldr x2, [x1], #64; str x2, [sp]; subs; b.ne
+    program = write_program(tmp_path / "loop", [mov_x0(60000), BSS_TO_X1, *loop, *EXIT])
+    raw = record([str(program)])
+    loads, stores = (raw.accesses[raw.accesses["load"] == kind] for kind in (True, False))
+    assert len(loads) == pytest.approx(60000 / 128, rel=0.25)
+    assert len(stores) == pytest.approx(60000 / 128, rel=0.25)
+    assert ((loads["address"] >= BSS) & (loads["address"] < BSS + 60000 * 64)).all()
+    assert (loads["address"] % 64 == 0).all()
+    assert loads["address"].mean() - BSS == pytest.approx(60000 * 64 / 2, rel=0.1)
+    assert len(np.unique(stores["address"])) == 1
+    assert stores["by_stack_pointer"].all()
+    assert not loads["by_stack_pointer"].any()
+    begin, size = regions_of(raw)["[stack]"]
+    assert begin <= stores["address"][0] < begin + size
+    data = describe_run(raw, LATENCIES, "test")["data"]
+    assert "[stack]" in data["regions"]
+    (kinds,) = data["functions"].values()
+    assert kinds["store"] == f"{int(stores['address'][0]):#x}+8/8 1"
+    assert all(text.startswith("0x8") for text in kinds["load"].split(", "))
+
+
+@needs_emulator
 def test_intervals_skip_and_limit(tmp_path: Path) -> None:
     loop = [0xF94003E2, 0xF1000400, b_ne(2)]
     program = write_program(tmp_path / "loop", [mov_x0(60000), *loop, *EXIT])
@@ -122,6 +146,7 @@ def raw_of(counts: list[dict[str, int]], syscalls: int = 10) -> Raw:
         line=np.arange(len(counts), dtype=np.uint64),
         count=table,
         mappings=(),
+        accesses=np.zeros(0, ACCESS),
     )
 
 
@@ -146,23 +171,29 @@ def test_time_follows_from_what_an_operation_waits_for() -> None:
 
 def test_raw_files_that_are_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "raw"
-    head = struct.pack("<QII", 5, 1, 0)
-    row = struct.pack("<Q17I4x", 7, *([1] * 17))
+    head = struct.pack("<QIIII", 5, 1, 0, 1, 0)
+    row = struct.pack("<Q17I4x", 7, *([1] * 17)) + struct.pack("<QQ????I", 7, 0x5500, True, False, True, True, 0)
     for content, message in (
         (b"something else", "not a file"),
-        (b"SPEREC1\n" + head, "ends in the middle"),
-        (b"SPEREC1\n" + head + row[:20], "ends in the middle"),
-        (b"SPEREC1\n" + head + row, "ends in the middle"),
+        (b"SPEREC2\n" + head, "ends in the middle"),
+        (b"SPEREC2\n" + head + row[:20], "ends in the middle"),
+        (b"SPEREC2\n" + head + row, "ends in the middle"),
     ):
         path.write_bytes(content)
         with pytest.raises(RecordingError, match=message):
             read_raw(path)
-    path.write_bytes(b"SPEREC1\n" + bytes(24))
+    path.write_bytes(b"SPEREC2\n" + bytes(48))
     assert read_raw(path) is None
-    path.write_bytes(b"SPEREC1\n" + head + row + bytes(24))
+    maps = b"5000-6000 rw-p 00000000 00:00 0 \n6000-7000 r--p 00001000 08:01 3    /lib/x\n"
+    end = bytes(24) + struct.pack("<QQQ", 0x4000, 0x4800, len(maps)) + maps
+    path.write_bytes(b"SPEREC2\n" + head + row + end)
     raw = read_raw(path)
     assert raw is not None
     assert raw.line.tolist() == [7]
+    assert raw.accesses["address"].tolist() == [0x5500]
+    assert raw.heap == (0x4000, 0x4800)
+    assert [(m.begin, m.path) for m in (*raw.anonymous, *raw.mappings)] == [(0x5000, ""), (0x6000, "/lib/x")]
+    assert regions_of(raw) == {"[stack]": (0x5000, 0x1000)}
 
 
 def test_the_page_names_the_programs_and_packages_of_what_is_shipped() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spepolicy.capture_model import LEAST_RECORDS, clusters, describe_capture
 from spepolicy.errors import CaptureError, ConfigurationError
+from spepolicy.machine.data_addresses import KINDS, SHARE_BITS
 from spepolicy.machine.scenario import Cpu, OpType, Workload
 from spepolicy.perfdata import read
 from spepolicy.perfdata.clock import conversion
@@ -23,10 +24,11 @@ from spepolicy.perfdata.writer import Writer, dummy_event, spe_event
 from spepolicy.spe.packets import encode
 from spepolicy.spe.records import OpClass, Present, new_records
 from spepolicy.units import parse_duration
-from spepolicy.workload import outcome_counts
+from spepolicy.workload import build_workload, outcome_counts
 from spepolicy.workload_source import workload_of
 
 SHIPPED = Path(__file__).resolve().parents[2] / "conf" / "workload"
+HOT_DATA, COLD_DATA, KERNEL_DATA = 0x5500_0000_0000, 0x7F00_0000_0000, 0xFFFF_0000_1000_0000
 PERIOD = 2048
 GHZ = 2.5
 
@@ -81,7 +83,7 @@ def program(count: int, seed: int = 3) -> NDArray[Any]:
 
     hot: 30 % loads from L1 (total 10 to 14), 20 % branches of which a tenth mispredicted, the rest other; 1 cycle an
     operation. cold: 50 % loads, half of them from DRAM (total 300 to 340) with a walk in a quarter, 10 % stores; 4
-    cycles. Every tenth record is of the kernel.
+    cycles. Every tenth record is of the kernel. Data: 1 KiB for each of the three, 128 MiB for what comes from DRAM.
     """
     rng = np.random.default_rng(seed)
     records = new_records(count)
@@ -107,6 +109,11 @@ def program(count: int, seed: int = 3) -> NDArray[Any]:
     records["events"] = events | np.where(branch & (rng.random(count) < 0.25), 1 << 6, 0)
     records["total_latency"] = np.where(far, 300 + rng.integers(0, 41, count), 10 + rng.integers(0, 5, count))
     records["context_el1"] = 1000
+    records["present"][load | store] |= int(Present.VA)
+    places = np.where(cold, np.uint64(COLD_DATA), np.uint64(HOT_DATA))
+    places[kernel] = KERNEL_DATA
+    places += 8 * rng.integers(0, np.where(far, 1 << 24, 1 << 7)).astype(np.uint64)
+    records["va"] = np.where(load | store, places, 0)
     cycles = PERIOD * np.where(cold, 4, 1)
     records["timestamp"] = 10**6 + np.cumsum(cycles / GHZ).astype(np.int64)  # ns
     return records
@@ -145,6 +152,28 @@ def test_a_capture_becomes_the_program_that_it_shows(capture: Path) -> None:
     assert cold["ipc"] == pytest.approx(1 / 4, rel=0.02)
     assert description["latencies"]["l1"]["cycles"] == 10
     assert 300 <= description["latencies"]["dram"]["cycles"] <= 305
+
+
+def test_addresses_are_those_of_the_records(capture: Path) -> None:
+    description = describe_capture(read(capture), cpu_ghz=GHZ)
+    workload = build_workload(description, where="capture")
+    data = workload.data
+    assert data is not None
+    for name, begin, kind, size in (
+        ("program+0x1000", HOT_DATA, "load", 1 << 10),
+        ("program+0x1000", HOT_DATA, "load_miss", 1 << 10),  # it never misses: the extents of its hits stand in
+        ("program+0x2000", COLD_DATA, "load", 1 << 10),
+        ("program+0x2000", COLD_DATA, "load_miss", 1 << 27),
+        ("program+0x2000", COLD_DATA, "store", 1 << 10),
+        ("0xffff800008000000", KERNEL_DATA, "load", 1 << 10),
+        ("0xffff800008000000", KERNEL_DATA, "load_miss", 1 << 27),
+    ):
+        number = int(data.list_of[workload.function_names.index(name), KINDS.index(kind)])
+        mine = (data.below - 1) >> SHARE_BITS == number
+        end = data.begin[mine] + data.places[mine].astype(np.uint64) * data.step[mine]
+        assert int(data.begin[mine].min()) >= begin
+        assert begin + 0.9 * size < int(end.max()) <= begin + size
+        assert (data.step[mine] == 8).all()
 
 
 def test_phases_and_the_kernel(capture: Path) -> None:

@@ -1,12 +1,12 @@
 /*
  * A TCG plugin that reduces the instructions and memory accesses of an AArch64 program to counts, for each interval of
- * instructions and each 64 bytes of code.
+ * instructions and each 64 bytes of code, and to a sample of the addresses that it accesses.
  *
- *     qemu-aarch64 -plugin ./recorder.so,out=FILE,interval=N,skip=N,limit=N program arguments
+ *     qemu-aarch64 -plugin ./recorder.so,out=FILE,interval=N,skip=N,limit=N,every=N program arguments
  *
- * The file: "SPEREC1\n"; then for each interval a struct interval and its struct row's; then an interval of 0
- * instructions, the number of bytes and the text of /proc/self/maps, where the program's files lie. All numbers are
- * of the computer that records. spepolicy/workload_recorder/raw.py reads it.
+ * The file: "SPEREC2\n"; then for each interval a struct interval, its struct row's and its struct sampled's; then an
+ * interval of 0 instructions, struct heap, the number of bytes and the text of /proc/self/maps, where the program's
+ * files lie. All numbers are of the computer that records. spepolicy/workload_recorder/raw.py reads it.
  *
  * Only the first thread is counted. QEMU ends a block of instructions behind each branch, so where the next block
  * begins says whether it was taken.
@@ -36,7 +36,19 @@ struct row {
 
 struct interval {
     uint64_t instructions;
-    uint32_t rows, syscalls;
+    uint32_t rows, syscalls, sampled, nothing;
+};
+
+/* One access of the many: every=N takes each with a chance of 1 in N, so that no loop can hide from it. */
+struct sampled {
+    uint64_t line, address; /* address of the code / 64; of the data */
+    uint8_t load, miss, by_stack_pointer, bytes_log2;
+    uint32_t nothing;
+};
+
+/* What brk() has moved: from where to where. */
+struct heap {
+    uint64_t begin, end;
 };
 
 /* A load that misses L1 is under way for so many instructions: a Neoverse N1 holds 128, and then waits. */
@@ -81,7 +93,11 @@ static struct row *rows;
 static struct row **used;
 static unsigned rows_used;
 static uint64_t epoch = 1, executed, in_interval, total, interval = 1000000, skip, limit = UINT64_MAX;
+static uint64_t every = 128, until_sample, random_state = 1;
 static uint32_t syscalls;
+static struct heap heap;
+static struct sampled *sampled;
+static uint32_t sampled_count, sampled_room;
 static struct block *last;
 static struct origin origin[33];
 static struct {
@@ -114,7 +130,7 @@ static struct row *row_of(uint64_t line)
 
 static void end_interval(void)
 {
-    struct interval head = { in_interval, rows_used, syscalls };
+    struct interval head = { in_interval, rows_used, syscalls, sampled_count, 0 };
 
     bool counts = total > skip; /* before that, only caches and predictors learn */
 
@@ -126,14 +142,16 @@ static void end_interval(void)
             fwrite(used[i], sizeof(**used), 1, out);
         memset(used[i], 0, sizeof(**used));
     }
-    rows_used = syscalls = 0;
+    if (counts && sampled_count)
+        fwrite(sampled, sizeof(*sampled), sampled_count, out);
+    rows_used = syscalls = sampled_count = 0;
     in_interval = 0;
     epoch++;
 }
 
 static void finish(void)
 {
-    struct interval end = { 0, 0, 0 };
+    struct interval end = { 0, 0, 0, 0, 0 };
     static char text[1 << 20];
     FILE *maps = fopen("/proc/self/maps", "r");
     uint64_t size = maps ? fread(text, 1, sizeof(text), maps) : 0;
@@ -143,6 +161,7 @@ static void finish(void)
     if (in_interval)
         end_interval();
     fwrite(&end, sizeof(end), 1, out);
+    fwrite(&heap, sizeof(heap), 1, out);
     fwrite(&size, sizeof(size), 1, out);
     fwrite(text, 1, size, out);
     if (fclose(out)) {
@@ -197,6 +216,28 @@ static bool waited_for(struct origin o)
     return o.from != L1 && total - o.at < WINDOW;
 }
 
+/* Draw how many accesses are passed over before the next is taken: evenly from 0 to 2 * every - 2. */
+static void draw_until_sample(void)
+{
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    until_sample = (random_state >> 33) % (2 * every - 1);
+}
+
+static void take_sample(const struct access *a, uint64_t address, bool miss, qemu_plugin_meminfo_t info)
+{
+    if (sampled_count == sampled_room) {
+        sampled_room = sampled_room ? 2 * sampled_room : 1 << 16;
+        sampled = realloc(sampled, sampled_room * sizeof(*sampled));
+        if (!sampled)
+            abort();
+    }
+    sampled[sampled_count++] = (struct sampled){
+        .line = a->block->part[a->part].line, .address = address, .load = a->load, .miss = miss,
+        .by_stack_pointer = a->base == 31, .bytes_log2 = qemu_plugin_mem_size_shift(info),
+    };
+    draw_until_sample();
+}
+
 static void on_access(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t address, void *data)
 {
     struct access *a = data;
@@ -204,7 +245,6 @@ static void on_access(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t ad
     uint64_t line = address >> 6;
     bool walk;
 
-    (void)info;
     if (vcpu != 0)
         return;
     level = access_data(address, &walk);
@@ -212,6 +252,8 @@ static void on_access(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t ad
     if (a->executed == a->block->executed || a->block->epoch != epoch)
         return;
     a->executed = a->block->executed;
+    if (until_sample-- == 0)
+        take_sample(a, address, level != L1, info);
     if (level != L1) {
         uint32_t *count_of = a->block->part[a->part].row->count;
 
@@ -263,6 +305,17 @@ static void on_syscall(qemu_plugin_id_t id, unsigned int vcpu, int64_t number, u
 {
     (void)id, (void)number, (void)a1, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
     syscalls += vcpu == 0;
+}
+
+static void on_syscall_end(qemu_plugin_id_t id, unsigned int vcpu, int64_t number, int64_t result)
+{
+    (void)id, (void)vcpu;
+    if (number != 214 || result <= 0) /* brk() of arm64: it returns the end of the heap */
+        return;
+    if (!heap.begin)
+        heap.begin = result;
+    if ((uint64_t)result > heap.end)
+        heap.end = result;
 }
 
 /* --- what an instruction is: Arm ARM DDI 0487 C4.1, top-level encodings ---------------------------------------- */
@@ -417,16 +470,20 @@ PLUGIN_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_inf
             skip = strtoull(argv[i] + 5, NULL, 10);
         else if (!strncmp(argv[i], "limit=", 6))
             limit = strtoull(argv[i] + 6, NULL, 10);
+        else if (!strncmp(argv[i], "every=", 6))
+            every = strtoull(argv[i] + 6, NULL, 10);
         else {
-            fprintf(stderr, "recorder: unknown argument '%s'; known: out=FILE, interval=N, skip=N, limit=N\n", argv[i]);
+            fprintf(stderr, "recorder: unknown argument '%s'; known: out=FILE, interval=N, skip=N, limit=N, every=N\n",
+                    argv[i]);
             return -1;
         }
     }
-    if (!out || !interval || !limit) {
-        fprintf(stderr, "recorder: out=FILE that can be written, interval and limit above 0 are needed\n");
+    if (!out || !interval || !limit || !every) {
+        fprintf(stderr, "recorder: out=FILE that can be written, interval, limit and every above 0 are needed\n");
         return -1;
     }
-    fwrite("SPEREC1\n", 8, 1, out);
+    fwrite("SPEREC2\n", 8, 1, out);
+    draw_until_sample();
     rows = calloc(ROWS, sizeof(*rows));
     used = calloc(ROWS / 2, sizeof(*used));
     if (!rows || !used)
@@ -434,6 +491,7 @@ PLUGIN_EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_inf
     data_side_make();
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
     qemu_plugin_register_vcpu_syscall_cb(id, on_syscall);
+    qemu_plugin_register_vcpu_syscall_ret_cb(id, on_syscall_end);
     qemu_plugin_register_atexit_cb(id, on_end, NULL);
     return 0;
 }
