@@ -64,6 +64,7 @@ PARTS = {
             "sweep", "1,000 configurations; Hydra's basic launcher", (),
             ("--configurations", "100", "--basic-jobs", "1"),
         ),
+        Part("growth", "time and memory against lanes, buffer, vCPUs, duration, points of a sweep", (), ("--quick",)),
         Part("phases", "where the main job's processor time goes", (), ("--quick",)),
     )
 }  # fmt: skip

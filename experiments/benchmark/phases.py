@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--functions", type=int, default=0, metavar="N", help="also the N compiled functions that cost most"
     )
     parser.add_argument("--quick", action="store_true", help="a small job, for a try")
+    parser.add_argument("words", nargs="*", help="another job, as behind `python -m spepolicy`")
     add_json(parser)
     options = parser.parse_args(arguments)
     load = load_average()
@@ -96,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if reason:
         return deliver([Row("phases: not measured", reason)], load, options.json)
     rows = []
-    for name, words in (QUICK if options.quick else JOBS).items():
+    jobs = {" ".join(options.words): options.words} if options.words else QUICK if options.quick else JOBS
+    for name, words in jobs.items():
         rows += _job(name, words, options.functions)
     return deliver(rows, load, options.json)
 

@@ -74,7 +74,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _sections(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     names = [name for name in options.policies.split(",") if name] or list(installed_policies())
     duration_ps = parse_duration(options.duration, "--duration")
-    scenario = replace(_scenario(options.overrides), duration_ps=duration_ps)
+    scenario = replace(scenario_of(options.overrides), duration_ps=duration_ps)
     policies, refused = {}, []
     for name in names:
         policy = build_policy(name, {})
@@ -89,7 +89,7 @@ def _sections(options: argparse.Namespace) -> list[Callable[[], list[Row]]]:
     return sections
 
 
-def _scenario(overrides: Sequence[str]) -> Scenario:
+def scenario_of(overrides: Sequence[str]) -> Scenario:
     """Return the scenario of the main job, as `python -m spepolicy +policy=eager_pin` composes it."""
     register()
     try:
