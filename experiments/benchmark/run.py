@@ -22,7 +22,8 @@ from table import Row, add_json, at_most, deliver, load_average, say
 
 from spepolicy.config import register, to_scenario
 from spepolicy.drivers.compiling import compile_machine
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.errors import ConfigurationError, SpePolicyError
 from spepolicy.machine.scenario import Scenario
 from spepolicy.messages import explain

@@ -24,7 +24,8 @@ from spepolicy.machine.scenario import GuestDriver
 from spepolicy.platforms import equipped
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Machines, Result, Runner
+    from spepolicy.drivers.result import Result
+    from spepolicy.drivers.simulate import Machines, Runner
     from spepolicy.machine.scenario import Scenario
 
 __all__ = ["Outcome", "run_catalogue", "run_one_policy", "scenarios_of"]

@@ -10,7 +10,7 @@ from spepolicy.catalogue.case import EVENTS, Case, Verdict
 from spepolicy.machine.state import LostCause
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["UNKNOWN", "Seen", "judge", "observe"]
 

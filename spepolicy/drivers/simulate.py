@@ -9,23 +9,21 @@ its result.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.arch.registers import PMBSR_COLL
-from spepolicy.batch import Vcpus, Vms, tools
-from spepolicy.errors import ConfigurationError, HookError, SpePolicyError, UnsupportedPolicyError
-from spepolicy.hookspecs import Ownership, PolicySpec, Trap
-from spepolicy.machine import answers, own_buffer, pinning, walking, whole_vm
+from spepolicy.drivers.hooks import behaviour_of, call_hook
+from spepolicy.drivers.result import KEPT, WINDOW_ROW, LaneLog, Result, joined
+from spepolicy.errors import ConfigurationError, UnsupportedPolicyError
+from spepolicy.machine import pinning
 from spepolicy.machine.build import (
     Behaviour,
     allocate,
@@ -45,236 +43,11 @@ from spepolicy.platforms import why_unsupported
 
 Ints = NDArray[np.int64]
 
-_HOOK_NAMES = {
-    Hook.VM_CREATED: "vm_created",
-    Hook.BUFFER_ENABLED: "buffer_enabled",
-    Hook.PROFILING_ENABLED: "profiling_enabled",
-    Hook.BUFFER_DISABLED: "buffer_disabled",
-    Hook.PROFILING_DISABLED: "profiling_disabled",
-    Hook.STAGE2_FAULT: "stage2_fault",
-    Hook.VM_DESTROYED: "vm_destroyed",
-    Hook.USER_PROFILING_ARMED: "user_profiling_armed",
-    Hook.ERET: "eret",
-    Hook.OWN_BUFFER_FULL: "own_buffer_full",
-    Hook.BUFFER_STOPPING: "buffer_stopping",
-    Hook.TIMER: "timer",
-    Hook.BUFFER_ANNOUNCED: "buffer_announced",
-    Hook.MIGRATION_STARTED: "migration_started",
-    Hook.MIGRATION_FINISHED: "migration_finished",
-}
 # Enough lanes to spread the cost of a hook call over; few enough that a worker's page tables stay in memory that it has
 # touched before. Of 64, 128, 256 and 512 lanes, 256 was the fastest for eager_pin (samples a second of CPU time: 18.7,
 # 20.6, 22.8 and 16.1 M), and no other policy lost by it.
 CHUNK_LANES = 256
 _NONE, _LOG_FULL, _VM_DESTROYED = int(Hook.NONE), int(Hook.LOG_FULL), int(Hook.VM_DESTROYED)
-_VM_HOOKS = (Hook.VM_CREATED, Hook.VM_DESTROYED)
-_MIGRATION_HOOKS = (Hook.MIGRATION_STARTED, Hook.MIGRATION_FINISHED)
-_WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
-_MADE = ("replicates", "host_elapsed_ps", "finished")
-_SHADOWS = {"pmbptr": "shadow_ptr", "pmblimitr": "shadow_limit", "pmbsr": "guest_pmbsr"}  # Ownership.KVM
-_KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one policy did on N lanes of V vCPUs. Arrays as in `spepolicy.machine.state.Machine`; times in ps."""
-
-    policy: str
-    scenario: Scenario
-    replicates: Ints  # [N]
-    vm: NDArray[np.void]  # VM[N]
-    vcpu: NDArray[np.void]  # VCPU[N, V]
-    truth: NDArray[np.void]  # TRUTH[N, V]
-    lost: Ints  # [N, V, LOST_CAUSES]
-    blackout_ps: Ints  # [N, V, LOST_CAUSES]
-    claims: Ints  # [N, 6, 6] claimed, true
-    host_ops: Ints  # [N, 16]
-    exposure_ps: Ints  # [N, V, D]
-    seen: Ints  # [N, V, F]
-    windows: NDArray[np.void]  # lane and WINDOW, in order of lane and time
-    host_elapsed_ps: Ints  # [N]
-    finished: NDArray[np.bool_]  # [N] False: interrupted before the end
-    samples: int
-    seconds: float
-    memory: dict[str, int]
-    # CPU time of the worker threads, all lanes: everything, of it in hooks, and of that in the machine's tools
-    busy_s: float = 0.0
-    hook_s: float = 0.0
-    tool_s: float = 0.0
-
-
-def _timed(tool: Callable[..., Any]) -> Callable[..., Any]:
-    """Let *tool*, a method of `_Kit`, add its CPU time to `spent_s`."""
-
-    @functools.wraps(tool)
-    def timed(self: _Kit, *arguments: Any) -> Any:
-        begin = time.thread_time()
-        try:
-            return tool(self, *arguments)
-        finally:
-            self.spent_s += time.thread_time() - begin
-
-    return timed
-
-
-def _time_tools(cls: type) -> type:
-    for name, member in list(vars(cls).items()):
-        if not name.startswith("_"):
-            setattr(cls, name, _timed(member))
-    return cls
-
-
-@_time_tools
-class _Kit:
-    """The tools of `spepolicy.batch`, bound to the machine for the time of one hook."""
-
-    def __init__(self, m: Machine, handle: Any) -> None:
-        self._machine = m
-        self._m = handle
-        self.spent_s = 0.0
-
-    def register(self, name: str, lanes: Ints, vcpus: Ints) -> NDArray[np.uint64]:
-        if len(lanes) and self._machine.par["own_buffer"][lanes[0]]:  # of the policy: the same in all lanes
-            name = _SHADOWS.get(name, name)
-        values: NDArray[np.uint64] = self._machine.vcpu[name][lanes, vcpus].view(np.uint64)
-        return values
-
-    def parameter(self, name: str, lanes: Ints) -> Ints:
-        values: Ints = self._machine.par[name][lanes]
-        return values
-
-    def walk_stage1(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints, pin_tables: bool, one_range: bool) -> Ints:
-        return walking.walk_stage1(self._m, lanes, vcpus, lo, hi, int(pin_tables), int(one_range))
-
-    def list_physical(self, lanes: Ints, vcpus: Ints, lo: Ints, hi: Ints) -> Ints:
-        return walking.list_physical(self._m, lanes, vcpus, lo, hi)
-
-    def pin_fresh(self, lanes: Ints, vcpus: Ints, ignore_limit: bool) -> Ints:
-        return pinning.pin_fresh(self._m, lanes, vcpus, int(ignore_limit))
-
-    def map_fresh(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return pinning.map_fresh(self._m, lanes, vcpus)
-
-    def unpin_previous(self, lanes: Ints, vcpus: Ints) -> None:
-        pinning.unpin_previous(self._m, lanes, vcpus)
-
-    def unpin_current(self, lanes: Ints, vcpus: Ints) -> None:
-        pinning.unpin_current(self._m, lanes, vcpus)
-
-    def pin_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
-        return whole_vm.pin_all(self._m, lanes, int(ignore_limit))
-
-    def unpin_all(self, lanes: Ints) -> None:
-        whole_vm.unpin_all(self._m, lanes)
-
-    def keep_previous(self, lanes: Ints, vcpus: Ints) -> None:
-        pinning.keep_previous(self._m, lanes, vcpus)
-
-    def release_idle(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return pinning.release_idle(self._m, lanes, vcpus)
-
-    def look(self, lanes: Ints, vcpus: Ints) -> Ints:
-        return walking.look(self._m, lanes, vcpus)
-
-    def trap_eret(self, lanes: Ints, vcpus: Ints, armed: bool) -> None:
-        self._machine.vcpu["eret_trap"][lanes, vcpus] = int(armed)
-
-    def set_timer(self, lanes: Ints, vcpus: Ints, delay_ps: Ints) -> None:
-        answers.set_timer(self._m, lanes, vcpus, delay_ps)
-
-    def exit_to_vmm(self, lanes: Ints, vcpus: Ints) -> None:
-        answers.exit_to_vmm(self._m, lanes, vcpus)
-
-    def start_own_buffer(self, lanes: Ints, vcpus: Ints, pages: int) -> None:
-        own_buffer.start_own_buffer(self._m, lanes, vcpus, pages)
-
-    def copy_out(self, lanes: Ints, vcpus: Ints, deferred: bool) -> Ints:
-        return own_buffer.copy_out(self._m, lanes, vcpus, int(deferred))
-
-    def report_collision(self, lanes: Ints, vcpus: Ints) -> None:
-        self._machine.vcpu["pmbsr"][lanes, vcpus] |= PMBSR_COLL
-
-    def mlock_all(self, lanes: Ints, ignore_limit: bool) -> Ints:
-        return whole_vm.mlock_all(self._m, lanes, int(ignore_limit))
-
-    def map_all(self, lanes: Ints) -> Ints:
-        return whole_vm.map_all(self._m, lanes)
-
-    def use_guest_memfd(self, lanes: Ints) -> None:
-        self._machine.vm["guest_memfd"][lanes] = 1
-
-    def inject(self, lanes: Ints, vcpus: Ints, event: int, data_loss: bool) -> None:
-        answers.tell_guest(self._m, lanes, vcpus, event, int(data_loss))
-
-    def fail(self, lanes: Ints, vcpus: Ints, failure: int) -> None:
-        answers.answer(self._m, lanes, vcpus, failure)
-
-    def resume(self, lanes: Ints, vcpus: Ints) -> None:
-        answers.resume(self._m, lanes, vcpus)
-
-    def claim(self, lanes: Ints, vcpus: Ints, causes: Ints) -> None:
-        self._machine.vcpu["claim"][lanes, vcpus] = causes
-
-
-def _implemented(policy: object) -> int:
-    """Return the mask of `Hook` bits that *policy* implements (marked with hookimpl)."""
-    mask = 0
-    for hook, name in _HOOK_NAMES.items():
-        if hasattr(getattr(policy, name, None), "spepolicy_impl"):
-            mask |= 1 << hook
-    return mask
-
-
-def behaviour_of(policy: object, manager: Any) -> Behaviour:
-    """Ask the policy's set-up hooks how KVM has to be set up for it."""
-    owner = manager.hook.ownership()
-    traps = manager.hook.traps()
-    keep = manager.hook.notifier_filter()
-    virtualized = manager.hook.virtualization()
-    physical = manager.hook.physical_addressing()
-    traps = Trap.NONE if traps is None else traps
-    if not isinstance(traps, Trap):
-        raise HookError(
-            f"policy '{_name(policy)}': traps() returned {traps!r}. Rule: a spepolicy.hookspecs.Trap or None."
-        )
-    if keep is not None and not isinstance(keep, int):
-        raise HookError(
-            f"policy '{_name(policy)}': notifier_filter() returned {keep!r}. Rule: a Notifier mask or None."
-        )
-    if owner is not None and not isinstance(owner, Ownership):
-        raise HookError(
-            f"policy '{_name(policy)}': ownership() returned {owner!r}. Rule: a spepolicy.hookspecs.Ownership or None."
-        )
-    hooks = _implemented(policy)
-    if owner == Ownership.KVM:
-        for hook in (Hook.OWN_BUFFER_FULL, Hook.BUFFER_STOPPING):
-            if not (hooks >> hook) & 1:
-                raise HookError(
-                    f"policy '{_name(policy)}' has no hook {_HOOK_NAMES[hook]}. Rule: with Ownership.KVM the policy "
-                    "copies KVM's buffer. Remedy: implement own_buffer_full and buffer_stopping."
-                )
-    if virtualized not in (None, True, False):
-        raise HookError(
-            f"policy '{_name(policy)}': virtualization() returned {virtualized!r}. Rule: True, False or None."
-        )
-    if physical not in (None, True, False):
-        raise HookError(
-            f"policy '{_name(policy)}': physical_addressing() returned {physical!r}. Rule: True, False or None."
-        )
-    return Behaviour(
-        virtualized=virtualized is not False,
-        trap_pmb=bool(traps & Trap.PMB) or owner == Ownership.KVM,
-        trap_pms=bool(traps & Trap.PMS),
-        notifier_filter=int(keep or 0),
-        hidden=owner == Ownership.NOBODY,
-        own_buffer=owner == Ownership.KVM,
-        physical=physical is True,
-        hooks=0 if owner == Ownership.NOBODY else hooks,
-    )
-
-
-def _name(policy: object) -> str:
-    return type(policy).__name__
 
 
 @dataclass(frozen=True)
@@ -317,7 +90,7 @@ class _Chunk:
         """Move the window logs of *lanes* out of the machine."""
         for i in lanes[self.m.vm["window_count"][lanes] > 0]:
             rows = self.m.window[i, : self.m.vm["window_count"][i]]
-            out = np.zeros(len(rows), dtype=_WINDOW_ROW)
+            out = np.zeros(len(rows), dtype=WINDOW_ROW)
             out["lane"] = i
             for field in WINDOW.names or ():
                 out[field] = rows[field]
@@ -342,59 +115,6 @@ class _Chunk:
         begin = time.thread_time()
         self.tool_s += call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
         self.hook_s += time.thread_time() - begin
-
-
-def call_hook(
-    manager: Any, policy: str, m: Machine, handle: Any, rows: NDArray[np.void], hook: Hook, lanes: Ints
-) -> float:
-    """Call *hook* of the policy in *manager* once for *lanes* of *m*, which wait for it, and see that the contract was
-    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`. Return the CPU time of the tools
-    that it used, in s.
-
-    Raises HookError if the policy failed, or left a fault without an answer.
-    """
-    name = _HOOK_NAMES[hook]
-    vcpus = m.vm["hook_vcpu"][lanes]
-    kit = _Kit(m, handle)
-    with tools(kit) as ticket:
-        try:
-            caller = getattr(manager.hook, name)
-            if hook in _VM_HOOKS:
-                caller(vms=Vms(ticket, lanes))
-            elif hook in _MIGRATION_HOOKS:
-                each = m.vcpu.shape[1]
-                every = Vcpus(ticket, np.repeat(lanes, each), np.tile(np.arange(each), len(lanes)), rows)
-                caller(vms=Vms(ticket, lanes), vcpus=every)
-            else:
-                batch = Vcpus(ticket, lanes, vcpus, rows)
-                caller(**{"faults" if hook == Hook.STAGE2_FAULT else "vcpus": batch})
-        except SpePolicyError as error:
-            raise HookError(f"policy '{policy}', hook {name}(): {error}") from error
-        except Exception as error:
-            raise HookError(
-                f"policy '{policy}', hook {name}() raised {type(error).__name__}: {error}. "
-                "Remedy: fix the plugin; HYDRA_FULL_ERROR=1 shows where."
-            ) from error
-    if hook == Hook.BUFFER_STOPPING and (running := m.vcpu["pmblimitr"][lanes, vcpus] & 1).any():
-        raise HookError(
-            f"policy '{policy}', hook buffer_stopping() left KVM's buffer of {int(running.sum())} of {len(lanes)} "
-            "vCPUs running. Rule: the guest has disabled its buffer. Remedy: call copy_out() or defer_copy()."
-        )
-    if hook == Hook.OWN_BUFFER_FULL and (silent := m.vcpu["answered"][lanes, vcpus] == 0).any():
-        raise HookError(
-            f"policy '{policy}', hook own_buffer_full() left {int(silent.sum())} of {len(lanes)} vCPUs without an "
-            "answer. Rule: the SPU starts again or the guest is told. Remedy: call start_own_buffer() or inject(...)."
-        )
-    if hook == Hook.STAGE2_FAULT:
-        silent = m.vcpu["answered"][lanes, vcpus] == 0
-        if silent.any():
-            raise HookError(
-                f"policy '{policy}', hook stage2_fault() left {int(silent.sum())} of {len(lanes)} faults without "
-                "an answer. Rule: every vCPU of the batch is resumed or told. "
-                "Remedy: call faults.resume() or faults.inject(...)."
-            )
-        answers.score_claims(handle, lanes, vcpus)
-    return kit.spent_s
 
 
 class Runner:
@@ -475,14 +195,14 @@ class Machines:
 def _results(chunk: _Chunk, seconds: float) -> list[Result]:
     """Cut what a chunk left behind into one result a piece. The time is shared out by lanes."""
     m, run = chunk.m, chunk.run
-    windows = np.concatenate(chunk.windows) if chunk.windows else np.zeros(0, dtype=_WINDOW_ROW)
+    windows = np.concatenate(chunk.windows) if chunk.windows else np.zeros(0, dtype=WINDOW_ROW)
     windows = windows[np.lexsort((windows["start_host_ps"], windows["vcpu"], windows["lane"]))]
     results = []
     first = 0
     for piece in chunk.pieces:
         end = first + len(piece.replicates)
         part = len(piece.replicates) / len(chunk.lanes)
-        kept = {name: getattr(m, name)[first:end].copy() for name in _KEPT}
+        kept = {name: getattr(m, name)[first:end].copy() for name in KEPT}
         begin_row, end_row = np.searchsorted(windows["lane"], (first, end))
         mine = windows[begin_row:end_row].copy()
         mine["lane"] -= first
@@ -577,18 +297,10 @@ def simulate(
             runner.stopping = True
     if not parts:
         raise KeyboardInterrupt
-    result = _joined([part for _, part in sorted(parts, key=lambda item: item[0])], time.perf_counter() - begin)
+    result = joined([part for _, part in sorted(parts, key=lambda item: item[0])], time.perf_counter() - begin)
     if not interrupted and (len(result.replicates) != len(order) or not result.finished.all()):
         raise AssertionError("a lane ended without reaching its duration: this is a bug in spepolicy.machine")
     return result
-
-
-@dataclass(frozen=True)
-class LaneLog:
-    """One lane, and all that happened in it."""
-
-    rows: NDArray[np.void]  # spepolicy.machine.trace.LOG[n], by host time
-    result: Result  # of this lane; only the fields of the log itself differ from a run without it
 
 
 def record_lane(scenario: Scenario, policy: object, *, name: str, replicate: int, capacity: int = 1 << 16) -> LaneLog:
@@ -608,29 +320,3 @@ def record_lane(scenario: Scenario, policy: object, *, name: str, replicate: int
             rows = machines.log()[0, :count].view(LOG)[:, 0]
             return LaneLog(rows[np.argsort(rows["host_ps"], kind="stable")], result)
         capacity = count
-
-
-def _joined(parts: Sequence[Result], seconds: float) -> Result:
-    """Put the chunks of one scenario together. Lanes that an interruption left out are not in the result."""
-    offset = 0
-    windows = []
-    for part in parts:
-        rows = part.windows.copy()
-        rows["lane"] += offset
-        offset += len(part.replicates)
-        windows.append(rows)
-    names = (*_KEPT, *_MADE)
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return replace(
-        parts[0],
-        windows=np.concatenate(windows),
-        samples=sum(part.samples for part in parts),
-        seconds=seconds,
-        busy_s=sum(part.busy_s for part in parts),
-        hook_s=sum(part.hook_s for part in parts),
-        tool_s=sum(part.tool_s for part in parts),
-        **arrays,
-    )
-
-
-assert set(_HOOK_NAMES.values()) <= set(dir(PolicySpec))

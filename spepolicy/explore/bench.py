@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.drivers.simulate import behaviour_of, call_hook
+from spepolicy.drivers.hooks import behaviour_of, call_hook
 from spepolicy.errors import ConfigurationError, UnsupportedPolicyError
 from spepolicy.explore import expand as x
 from spepolicy.explore.acts import Act, Aux, Budget, Event, Taint

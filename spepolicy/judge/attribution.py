@@ -18,7 +18,7 @@ from spepolicy.judge.lanes import Floats, ratio
 from spepolicy.machine.scenario import Bug
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["BugVerdict", "accuracy", "bug_table", "claimed_share", "confusion", "judge_bug", "recall"]
 

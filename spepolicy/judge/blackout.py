@@ -16,7 +16,7 @@ from spepolicy.judge.lanes import Floats, lane_sum, ratio
 from spepolicy.machine.state import LOST_CAUSES, LostCause
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
     from spepolicy.machine.scenario import Guest
 
 __all__ = [

@@ -24,7 +24,7 @@ from spepolicy.machine.draw import EXPONENTIAL_SHIFT, exponential_table
 from spepolicy.workload import outcome_counts
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
     from spepolicy.machine.scenario import Scenario
 
 __all__ = [

@@ -15,7 +15,7 @@ from spepolicy.machine.scenario import HostKind, IrqDelivery, Scenario, SessionM
 from spepolicy.machine.state import NEVER, LostCause
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["OBSERVATIONS", "facts", "find"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["Floats", "finished_lanes", "lane_sum", "ratio", "take_lanes", "vcpu_host_ps"]
 

@@ -27,7 +27,7 @@ from spepolicy.judge.view import View
 from spepolicy.machine.scenario import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["METRICS", "Measured", "Metric", "measure"]
 

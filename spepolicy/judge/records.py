@@ -19,7 +19,7 @@ from spepolicy.judge.lanes import finished_lanes
 from spepolicy.machine.state import LOST_CAUSES, LostCause
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["ConservationError", "check_conservation", "check_profile", "check_time"]
 

@@ -17,7 +17,7 @@ from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.state import LOST_CAUSES
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["Categories", "Column", "lane_table", "window_table"]
 

@@ -12,7 +12,7 @@ from spepolicy.judge.fidelity import Fidelity, fidelity
 from spepolicy.judge.lanes import Floats, lane_sum, ratio, vcpu_host_ps
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
 
 __all__ = ["View"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from spepolicy.lab import output
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import LaneLog, Result
+    from spepolicy.drivers.result import LaneLog, Result
     from spepolicy.lane_choice import ChosenLanes
 
 __all__ = ["perf_data_name", "timeline_name", "write_lanes"]

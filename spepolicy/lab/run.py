@@ -19,7 +19,7 @@ from spepolicy.lane_choice import NO_LANES, ChosenLanes
 from spepolicy.policy_choice import BARE_METAL
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Result
+    from spepolicy.drivers.result import Result
     from spepolicy.judge.blackout import BlackoutSeries
     from spepolicy.judge.metrics import Measured
     from spepolicy.machine.scenario import Scenario

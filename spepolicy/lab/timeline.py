@@ -29,7 +29,7 @@ from spepolicy.machine.state import Hook, LostCause, Segment
 from spepolicy.machine.trace import HOST, LogKind, Register
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import LaneLog
+    from spepolicy.drivers.result import LaneLog
 
 __all__ = ["Event", "events", "write_events", "write_timeline"]
 

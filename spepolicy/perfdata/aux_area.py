@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spepolicy.arch.registers import PMBSR_COLL, PMBSR_DL
-from spepolicy.drivers.simulate import LaneLog
+from spepolicy.drivers.result import LaneLog
 from spepolicy.machine.own_buffer import OWN_VA
 from spepolicy.machine.scenario import OpType, Scenario
 from spepolicy.machine.trace import LogKind

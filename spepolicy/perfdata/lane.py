@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.drivers.simulate import LaneLog
+from spepolicy.drivers.result import LaneLog
 from spepolicy.machine.scenario import OpType, Scenario, SessionMode
 from spepolicy.machine.state import LostCause
 from spepolicy.machine.trace import LogKind, samples

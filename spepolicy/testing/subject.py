@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.drivers.simulate import Result, Runner, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import Runner, simulate
 from spepolicy.errors import PluginError
 from spepolicy.machine.scenario import Scenario
 from spepolicy.platforms import equipped

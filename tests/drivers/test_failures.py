@@ -10,7 +10,8 @@ import pytest
 
 from spepolicy.batch import Vcpus
 from spepolicy.catalogue.answering import ANSWERS, Answering
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.errors import HookError
 from spepolicy.hookspecs import Failure, hookimpl
 from spepolicy.judge.records import check_conservation, check_profile, check_time

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from spepolicy.batch import Vcpus, Vms
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.hookspecs import Event, Trap, hookimpl
 from spepolicy.judge.errata import Erratum, Findings
 from spepolicy.lab.run import Plan, TrackingSettings, execute

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from spepolicy.batch import Vcpus, Vms
-from spepolicy.drivers.simulate import Result, record_lane, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import record_lane, simulate
 from spepolicy.hookspecs import Cause, Event, Trap, hookimpl
 from spepolicy.judge.metrics import measure
 from spepolicy.judge.records import check_conservation, check_profile, check_time

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from spepolicy.drivers import simulate as driver
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.judge.records import check_conservation, check_profile, check_time
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Host, HostKind, Scenario, SessionMode

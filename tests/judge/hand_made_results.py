@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spepolicy.alias import TABLE_DRAWS, alias_table
-from spepolicy.drivers.simulate import Result
+from spepolicy.drivers.result import Result
 from spepolicy.machine.fields import TRUTH, VCPU, VM, WINDOW
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Guest, OpType, Scenario, Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spepolicy.drivers.simulate import Result
+from spepolicy.drivers.result import Result
 from spepolicy.hookspecs import Cause
 from spepolicy.judge.attribution import BugVerdict, bug_table, judge_bug, recall
 

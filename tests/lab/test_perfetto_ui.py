@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from spepolicy.drivers.simulate import LaneLog, record_lane
+from spepolicy.drivers.result import LaneLog
+from spepolicy.drivers.simulate import record_lane
 from spepolicy.lab.timeline import write_timeline
 from spepolicy.machine.state import LostCause
 

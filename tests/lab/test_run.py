@@ -16,7 +16,7 @@ import pytest
 import spepolicy.drivers.compiling
 import spepolicy.drivers.simulate
 import spepolicy.plugins
-from spepolicy.drivers.simulate import Result
+from spepolicy.drivers.result import Result
 from spepolicy.errors import OutputError
 from spepolicy.hookspecs import hookimpl
 from spepolicy.judge.errata import Erratum

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from spepolicy.drivers.simulate import LaneLog, record_lane
+from spepolicy.drivers.result import LaneLog
+from spepolicy.drivers.simulate import record_lane
 from spepolicy.errors import OutputError
 from spepolicy.lab.timeline import events, write_timeline
 from spepolicy.machine.hostops import HostOp

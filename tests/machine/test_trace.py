@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spepolicy.drivers.simulate import LaneLog, record_lane, simulate
+from spepolicy.drivers.result import LaneLog
+from spepolicy.drivers.simulate import record_lane, simulate
 from spepolicy.errors import ConfigurationError
 from spepolicy.machine.scenario import OpType, Scenario
 from spepolicy.machine.state import LOST_CAUSES

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 from spepolicy.description import Node
-from spepolicy.drivers.simulate import LaneLog, record_lane
+from spepolicy.drivers.result import LaneLog
+from spepolicy.drivers.simulate import record_lane
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Scenario, SessionMode
 from spepolicy.workload_data import build_data

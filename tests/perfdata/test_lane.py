@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spepolicy.drivers.simulate import LaneLog, record_lane
+from spepolicy.drivers.result import LaneLog
+from spepolicy.drivers.simulate import record_lane
 from spepolicy.machine.scenario import GuestDriver, OpType
 from spepolicy.machine.state import LostCause
 from spepolicy.machine.trace import LogKind, samples

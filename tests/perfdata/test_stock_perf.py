@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spepolicy.drivers.simulate import LaneLog
+from spepolicy.drivers.result import LaneLog
 from spepolicy.machine.scenario import OpType
 from spepolicy.machine.state import LostCause
 from spepolicy.machine.trace import LogKind, samples

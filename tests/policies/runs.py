@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Host, HostKind, Scenario
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.hookspecs import Cause
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Cpu, Host, HostKind, Scenario

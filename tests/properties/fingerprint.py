@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from spepolicy.drivers.simulate import LaneLog, Result, record_lane, simulate
+from spepolicy.drivers.result import LaneLog, Result
+from spepolicy.drivers.simulate import record_lane, simulate
 from spepolicy.judge.findings import find
 from spepolicy.judge.metrics import measure
 from spepolicy.machine.scenario import GuestDriver

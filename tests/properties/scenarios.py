@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.drivers.simulate import Result
+from spepolicy.drivers.result import Result
 from spepolicy.machine.guestacts import GuestAct, Moment
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import (

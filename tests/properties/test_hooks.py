@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from spepolicy.batch import Vcpus, Vms
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.errors import HookError, PluginError, UnsupportedPolicyError
 from spepolicy.hookspecs import (
     Cause,

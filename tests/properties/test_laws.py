@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.judge.records import check_conservation, check_profile, check_time
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import Host

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from spepolicy_window_pin.policy import WindowPin
 
-from spepolicy.drivers.simulate import Result, simulate
+from spepolicy.drivers.result import Result
+from spepolicy.drivers.simulate import simulate
 from spepolicy.plugins import build_policy, installed_policies, installed_reporters
 from spepolicy.testing.scenes import SCENES
 from spepolicy.testing.suite import PolicyChecks

@@ -22,7 +22,8 @@ from spepolicy.lab.sweep.identity import PolicyChoice, source_hash
 from spepolicy.machine.scenario import Scenario
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import Machines, Piece, Result, Runner
+    from spepolicy.drivers.result import Result
+    from spepolicy.drivers.simulate import Machines, Piece, Runner
 
 __all__ = ["SERIES_BINS", "Part", "Rows", "Task", "run_task", "start_tasks", "stop_tasks"]
 
