@@ -412,6 +412,7 @@ def test_rule_42_an_external_abort_that_is_reported_stops_the_spu(way: ExternalA
     assert bench.syndrome == expected
     assert (bench.v.pmbptr != bench.start) == moves
     assert bench.lost() == {int(LostCause.EXTERNAL_ABORT): 1}
+    assert bench.tr.data_loss == dl
 
 
 @pytest.mark.parametrize("way", [ExternalAbort.IGNORED, ExternalAbort.SERROR])
