@@ -1,4 +1,4 @@
-"""What KVM's tools list, charge and tell, one at a time: walks, sets of pins, events, interrupts, a migration's target."""
+"""What KVM's tools list, charge and tell, one at a time: walks, sets of pins, events, interrupts, migrations."""
 
 from __future__ import annotations
 
