@@ -56,6 +56,16 @@ def test_the_page_is_in_the_form_of_the_kernel_s_documentation() -> None:
     assert lines[-1] != ""
 
 
+def test_no_line_is_longer_than_the_kernel_s_and_the_policy_is_code() -> None:
+    """Cells of the table are indented by eight; a name in the introduction is literal text, not escaped."""
+    words = " ".join(f"word{n}" for n in range(60))
+    long = replace(AWKWARD, title=words, versions=words)
+    lines = errata_as_rst(FINDINGS, [long, AWKWARD]).splitlines()
+    assert max(len(line) for line in lines if not line.endswith(words) and set(line) != {"-"}) <= 80 < len(words)
+    assert "``eager_pin``" in " ".join(lines)
+    assert "`eager_pin`" in errata_as_markdown(FINDINGS, [AWKWARD])
+
+
 def test_every_character_of_an_erratum_reaches_the_reader() -> None:
     page = said(errata_as_rst(FINDINGS, [AWKWARD]))
     for text in (AWKWARD.title, AWKWARD.trigger, AWKWARD.versions, AWKWARD.effect_on_guest, AWKWARD.effect_on_profile):

@@ -367,6 +367,7 @@ def test_rule_41_access_not_allowed_is_told_with_data_loss() -> None:
     bench.write_records(1)
     assert bench.syndrome == {"EC": 0, "DL": 1, "EA": 0, "S": 1, "COLL": 0, "MSS": 0}
     assert bench.lost() == {int(LostCause.GUEST_ERROR): 1}
+    assert bench.tr.data_loss == 1
 
 
 @pytest.mark.parametrize("largest", [64, 256, 2048])
@@ -425,6 +426,19 @@ def test_rule_42_an_external_abort_that_is_not_reported_leaves_pmbsr_alone(way: 
     assert bench.lost() == {int(LostCause.EXTERNAL_ABORT): int(bench.tr.external_aborts)}
     assert bench.v.pmbptr == bench.start + 64 * int(bench.tr.external_aborts) > bench.start
     assert bench.tr.serrors == (bench.tr.external_aborts if way == ExternalAbort.SERROR else 0)
+
+
+@pytest.mark.parametrize("way", [ExternalAbort.IGNORED, ExternalAbort.SERROR])
+def test_rule_37_an_abort_that_nobody_tells_leaves_the_buffer_full_where_its_record_was_the_last(
+    way: ExternalAbort,
+) -> None:
+    bench = Bench(cpu=replace(FIXED, external_abort=way, external_abort_every=1), limit_pages=1)
+    bench.v.pmbptr = bench.limit - 2 * 64
+    bench.write_records(5)
+    assert bench.tr.external_aborts == 2
+    assert bench.syndrome == {"EC": 0, "DL": 0, "EA": 0, "S": 1, "COLL": 0, "MSS": 1}
+    assert (int(bench.tr.buffer_full), int(bench.v.pmbptr)) == (1, bench.limit)
+    assert bench.tr.written == 0
 
 
 def test_rule_42_a_device_page_aborts_as_the_implementation_says() -> None:

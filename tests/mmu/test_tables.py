@@ -157,6 +157,30 @@ def test_a_table_outside_memory_is_an_external_abort_on_the_walk() -> None:
     assert stage2.walk(0)[0] == 0x14 | 2
 
 
+def test_mapping_a_block_says_what_was_there_and_frees_the_table_below() -> None:
+    """0: the same, 1: nothing, 2: something else (which needs a TLBI)."""
+    stage2 = Stage2(40)
+    ipa = 0x4000_0000
+
+    def block(frame: int, writable: int) -> int:
+        tables, vm = stage2.tables, stage2.vm
+        return int(
+            tables.map_stage2_block(vm, stage2.frames, stage2.pool, stage2.refs, stage2.row, ipa, frame, writable)
+        )
+
+    assert [block(0x8_0000, 1), block(0x8_0000, 1), block(0x8_0000, 0), block(0x8_0200, 0)] == [1, 0, 2, 2]
+    assert stage2.walk(ipa + 0x12_3456, 0) == (0, (0x8_0200 << 12) + 0x12_3456)
+    used = stage2.tables_in_use()
+    assert stage2.map(ipa + 5 * PAGE, 77) == 3, "the rest of the block is gone"
+    assert stage2.walk(ipa, 0)[0] == TRANSLATION | 3
+    assert stage2.tables_in_use() == used + 1
+    assert block(0x8_0000, 1) == 2
+    assert stage2.tables_in_use() == used, "its table is free again"
+    assert stage2.walk(ipa + 5 * PAGE) == (0, (0x8_0005 << 12))
+    assert stage2.unmap(ipa) == 512
+    assert stage2.walk(ipa)[0] & ~3 == TRANSLATION
+
+
 # ---- both stages -----------------------------------------------------------------------------------------------------
 
 
@@ -273,3 +297,37 @@ def test_an_entry_that_was_evicted_is_walked_again() -> None:
     bench.v.pmbptr = bench.start
     assert bench.write_records(1) == 0
     assert bench.syndrome["EC"] == 0x25
+
+
+def test_a_walk_in_software_counts_what_it_reads_to_where_it_ends() -> None:
+    """KVM's walk of the guest's tables is charged by the descriptor: four, or as many as there are on the way."""
+    for level in range(3):
+        bench = Bench(virtualized=True)
+        page = _table_pages(bench)[level]
+        slot = bench.slot_of(int(bench.m.host_page[0, page]) & 0xFFFF_FFFF)
+        entry = (bench.start >> (12 + 9 * (3 - level))) & 511
+        va_leaf = module("machine.pagetables").va_leaf
+        assert va_leaf(bench.m, 0, bench.start)[2] == 4
+        bench.m.pool[0, slot, entry] &= ~1
+        assert va_leaf(bench.m, 0, bench.start) == (-1, entry, level + 1), "one that is no table ends it, and is read"
+        bench.m.pool[0, slot, entry] = 0x1000 | 3
+        assert va_leaf(bench.m, 0, bench.start) == (-1, 0, level + 1), "a table outside the VM's memory cannot be read"
+
+
+@pytest.mark.parametrize("virtualized", [False, True])
+def test_a_table_may_be_the_first_page_of_memory_and_the_first_of_the_pool(virtualized: bool) -> None:
+    """Page 0 and slot 0 are as good as any."""
+    bench = Bench(virtualized=virtualized)
+    tables = _table_pages(bench)
+    shift = min(tables)
+    leaf = module("machine.pagetables").va_leaf(bench.m, 0, bench.start)
+    assert leaf[0] >= 0
+    bench.par.ram_page0 += shift  # the lowest of them is the first page now
+    words = bench.m.host_page[0].copy()
+    bench.m.host_page[0] = np.roll(words, -shift)
+    assert module("machine.pagetables").va_leaf(bench.m, 0, bench.start) == leaf
+    if not virtualized:
+        assert bench.slot_of(int(words[tables[0]]) & 0xFFFF_FFFF) == 0
+        plain = Bench(virtualized=False)
+        assert plain.call("misbehave.level2_entry", plain.start)[0] > 0
+        assert plain.translate(plain.start)[0] == 0

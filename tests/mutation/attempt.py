@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -26,7 +26,8 @@ import pytest
 
 from .mutants import PACKAGES, ROOT, Mutant, source_of
 
-HANGS_S = 10  # a test that takes so long of its processor hangs if it passes faster without the mutant
+# A test hangs that takes so much longer than without the mutant, traced, or has run for so long.
+HANGS_TIMES, HANGS_S = 10, 3.0
 COPIED = ("spepolicy", "tests", "conf", "plugins", "pyproject.toml", "README.md", "experiments")
 OPTIONS = (
     "-q", "-p", "no:cacheprovider", "-n", "0", "--tb=no", "--capture=sys",
@@ -81,13 +82,16 @@ class Told:
     def failed(self) -> list[str]:
         return [test for what, _, test in self._lines if what == "failed"]
 
-    def outcome(self) -> tuple[str, str]:
-        """Return (outcome, test); a test has words behind its name if it did not just fail."""
+    def outcome(self, seconds: Mapping[str, float] | None = None) -> tuple[str, str]:
+        """Return (outcome, test); a test has words behind its name if it did not just fail. *seconds*: what tests take
+        without a mutant.
+        """
         if found := self.failed():
             return "caught", found[0]
         if os.WIFSIGNALED(self._status) and os.WTERMSIG(self._status) in (signal.SIGXCPU, signal.SIGKILL):
             _, since, test = self._lines[-1] if self._lines else ("", "0", "import")
-            return ("caught", f"{test} (hangs)") if self._limit_s - float(since) > HANGS_S else ("undecided", "")
+            hangs = max(HANGS_S, HANGS_TIMES * (seconds or {}).get(test, 0.0))
+            return ("caught", f"{test} (hangs)") if self._limit_s - float(since) > hangs else ("undecided", "")
         code = os.waitstatus_to_exitcode(self._status)
         if code == 0:
             return "survived", ""

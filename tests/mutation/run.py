@@ -101,7 +101,7 @@ class Trial:
             told = run(tests)
             if told is None:
                 return "unpatched", ""
-            found, test = told.outcome()
+            found, test = told.outcome(self._reach.seconds)
             if found != "caught":
                 return found, ""
             name = test.partition(" (")[0]
