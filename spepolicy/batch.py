@@ -3,7 +3,8 @@
 A batch is arrays. Reading a register gives a fresh array of one element a vCPU; a tool acts on every vCPU of the batch,
 charges its cost to it, and returns what KVM would learn. `where(mask)` narrows a batch. Nothing here leads to what only
 the judge knows: a batch has no reference to the machine, only a ticket for the tools that is void when the hook
-returns.
+returns. More than 500 lines: batches and the outcomes of their tools are made of each other, and the author of a policy
+finds all that a hook can do in one place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a composed configuration to what the machine understands.
 
 `to_scenario` checks every value against `spepolicy.schema` and against the others, and converts it to the integers of
-`spepolicy.machine.scenario`. `register` hands the schema to Hydra. A configuration is accepted as Hydra composed it or
-as plain containers.
+`spepolicy.machine.scenario`; the host is the business of `spepolicy.host_choice`. `register` hands the schema to Hydra.
+A configuration is accepted as Hydra composed it or as plain containers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from spepolicy.arch.registers import REGISTERS
 from spepolicy.arch.versions import VERSIONS, AbortReport, Feature, features_of
 from spepolicy.check import checked, checked_fields, group_at, known_keys, value_at
 from spepolicy.errors import ConfigurationError, nearest
+from spepolicy.host_choice import host_of
 from spepolicy.lane_choice import NO_LANES, ChosenLanes, parse_lanes
 from spepolicy.machine.guestacts import GuestAct, Moment
-from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import (
     PAGE_BYTES,
     Bug,
@@ -30,8 +30,6 @@ from spepolicy.machine.scenario import (
     Guest,
     GuestDriver,
     Handling,
-    Host,
-    HostKind,
     IrqDelivery,
     Kvm,
     Migration,
@@ -51,21 +49,17 @@ from spepolicy.schema import (
     CpuSettings,
     FilterSettings,
     GuestSettings,
-    HostSettings,
     KvmSettings,
     OutputSettings,
-    RandomOpSettings,
-    RecordedHostSettings,
     Root,
     TrackingSettings,
     settings_of,
 )
-from spepolicy.units import format_count, format_size
+from spepolicy.units import format_size
 
-__all__ = ["Options", "host_notes", "register", "to_options", "to_scenario"]
+__all__ = ["Options", "register", "to_options", "to_scenario"]
 
 GUEST_ACTS = {act.name.lower(): act for act in GuestAct}
-RANDOM_OPS = {op.name.lower(): op for op in HostOp if op is not HostOp.NONE}
 UNLIMITED = "unlimited"
 _PLUGINS = "hydra_plugins.spepolicy"  # Hydra accepts no other package; nothing of that name is on the disk
 SWEEPER: dict[str, Any] = {"_target_": f"{_PLUGINS}.LanesSweeper", "max_batch_size": None, "params": None}
@@ -123,7 +117,7 @@ def to_scenario(cfg: Any) -> Scenario:
         guest=guest,
         kvm=_kvm(group_at(config, "kvm")),
         costs=Costs(**checked_fields(group_at(config, "costs"), CostSettings, "costs")),
-        host=_host(group_at(config, "host"), guest),
+        host=host_of(group_at(config, "host"), guest),
         migration=_migration(group_at(config, "migration")),
         seed=checked(value_at(config, "seed"), root["seed"], "seed"),
     )
@@ -156,43 +150,6 @@ def _chosen_lanes(values: Mapping[str, Any], replicates: int) -> ChosenLanes:
         for name in ("lanes", "perf_data", "timeline")
     )
     return ChosenLanes(parse_lanes(lanes, replicates), perf_data, timeline)
-
-
-def host_notes(cfg: Any, scenario: Scenario) -> tuple[str, ...]:
-    """Return the lines that a summary must state about the host of *scenario*: what it is, and what is assumed."""
-    if scenario.host.kind is HostKind.SILENT:
-        return ("Host: silent, it never touches the guest's memory.",)
-    if scenario.host.kind is HostKind.RANDOM:
-        return ("Host: random operations; rates are assumptions or from recordings (conf/host says which).",)
-    host = plain(cfg)["host"]
-    recording: Any = scenario.host.recording
-    from spepolicy.recording import shipped
-    from spepolicy.recording.placement import OUTSIDE
-
-    scale = f"at {host['time_scale']:g} recording seconds per simulated second (host.time_scale, an assumption"
-    if host["path"] in shipped():
-        pace = f"{scale}: order, counts and addresses are real, durations are those of an emulator)"
-    elif host["time_scale"] == 1:
-        pace = "at its own pace (host.time_scale=1)"
-    else:
-        pace = f"{scale}; a trace of real hardware has real durations: play it with host.time_scale=1)"
-    notes = (
-        f"Host: recording '{recording.scenario or host['path']}' of {recording.kernel or 'an unknown kernel'}, "
-        f"{len(recording)} events in {recording.duration_us / 1e6:.1f} s, played {pace}.",
-    )
-
-    # What a shipped recording left out is told in its README.
-    told = {OUTSIDE} if host["path"] in shipped() else set(recording.ignored)
-    return (*notes, *_left_out({kind: n for kind, n in recording.ignored.items() if kind in told}))
-
-
-def _left_out(ignored: Mapping[str, int]) -> tuple[str, ...]:
-    """Say what of a trace did not become an event, by kind, most frequent first."""
-    kinds = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    if not kinds:
-        return ()
-    told = ", ".join(f"{count} {kind}" for kind, count in kinds)
-    return (f"Host: lines of the trace that became no event, by kind: {told}.",)
 
 
 def plain(cfg: Any) -> Mapping[str, Any]:
@@ -411,45 +368,6 @@ def _kvm(values: Mapping[str, Any]) -> Kvm:
     return Kvm(**chosen, memlock_unlimited=unlimited)
 
 
-def _host(values: Mapping[str, Any], guest: Guest) -> Host:
-    kind = value_at(values, "kind", "host.")
-    if kind not in HOST_KINDS:
-        raise ConfigurationError(
-            f"host.kind={kind}: must be one of {', '.join(HOST_KINDS)}.{nearest(str(kind), HOST_KINDS)} "
-            "Choose a file of conf/host/ with host=NAME instead of setting it."
-        )
-    settings = settings_of(HOST_KINDS[kind])
-    memory = _host_memory(values)
-    if kind == "random":
-        known_keys(values, {**settings, "ops": None}, "host")
-        return Host(kind=HostKind.RANDOM, random_ops=_random_ops(group_at(values, "ops"), guest), **memory)
-    known_keys(values, settings, "host")
-    if kind == "silent":
-        return Host(kind=HostKind.SILENT, **memory)
-    scale = checked(value_at(values, "time_scale", "host."), settings["time_scale"], "host.time_scale")
-    return Host(
-        kind=HostKind.RECORDED, recording=_recording(values, guest), time_scale_q16=round(scale * (1 << 16)), **memory
-    )
-
-
-def _host_memory(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `HostSettings` says as fields of `Host`; what a file leaves out has the default."""
-    settings = settings_of(HostSettings)
-    defaults = {item.name: item.default for item in fields(HostSettings)}
-    chosen = {name: checked(values.get(name, defaults[name]), settings[name], f"host.{name}") for name in settings}
-    kernel = Kernel["V" + str(chosen["kernel"]).replace(".", "_")]
-    if chosen["backing"] == "guest_memfd" and kernel is Kernel.V6_1:
-        raise ConfigurationError(
-            "host.backing=guest_memfd: Linux 6.1 has no guest_memfd (it came with 6.8). Set host.kernel=6.12."
-        )
-    return {
-        "kernel": kernel,
-        "backing": Backing[chosen["backing"].upper()],
-        "locked": chosen["mlock"],
-        "zone_movable": chosen["zone_movable"],
-    }
-
-
 def _migration(values: Mapping[str, Any]) -> Migration:
     kind = value_at(values, "kind", "migration.")
     if kind not in MIGRATION_KINDS:
@@ -461,80 +379,3 @@ def _migration(values: Mapping[str, Any]) -> Migration:
     if "handling" in chosen:
         chosen["handling"] = Handling[chosen["handling"].upper()]
     return Migration(kind=MigrationKind[kind.upper()], abort=values.get("vmm") == "give_up", **chosen)
-
-
-def _random_ops(values: Mapping[str, Any], guest: Guest) -> tuple[tuple[int, int, int], ...]:
-    """Return a row an operation, by HostOp number: the order of the draws must not depend on the order in a file."""
-    known_keys(values, RANDOM_OPS, "host.ops")
-    settings = settings_of(RandomOpSettings)
-    rows = []
-    for name, entry in values.items():
-        where = f"host.ops.{name}"
-        if not isinstance(entry, Mapping):
-            raise ConfigurationError(
-                f"{where}={entry}: needs a rate and a size. Write {where}={{every: 10ms, pages: 1}}."
-            )
-        known_keys(entry, settings, where)
-        every_ps = checked(value_at(entry, "every", f"{where}."), settings["every"], f"{where}.every")
-        pages = checked(value_at(entry, "pages", f"{where}."), settings["pages"], f"{where}.pages")
-        if pages > guest.ram_pages:
-            raise ConfigurationError(
-                f"{where}.pages={pages}: more than the guest has, {format_count(guest.ram_pages)}. "
-                f"Set {where}.pages={guest.ram_pages} or less, or a larger guest.memory."
-            )
-        if every_ps:
-            rows.append((int(RANDOM_OPS[name]), every_ps, pages))
-    return tuple(sorted(rows))
-
-
-def _recording(values: Mapping[str, Any], guest: Guest) -> Any:
-    """Open and place what host.path names; the same settings give the same object."""
-    settings = settings_of(RecordedHostSettings)
-    defaults = {item.name: item.default for item in fields(RecordedHostSettings)}
-    names = ("placement", "offset", "recorded_base", "recorded_memory")
-    chosen = {name: checked(values.get(name, defaults[name]), settings[name], f"host.{name}") for name in names}
-    for name in ("offset", "recorded_base", "recorded_memory"):
-        chosen[name] //= PAGE_BYTES
-    unknown = values.get("unknown_op")
-    if unknown is not None and unknown not in RANDOM_OPS:
-        raise ConfigurationError(
-            f"host.unknown_op={unknown}: there is no such operation.{nearest(str(unknown), RANDOM_OPS)} "
-            f"Choose one of {', '.join(RANDOM_OPS)}."
-        )
-    path = checked(value_at(values, "path", "host."), settings["path"], "host.path")
-    file = Path(path).expanduser()
-    recording = _opened(
-        path if "/" not in path else str(file), file.stat().st_mtime_ns if file.exists() else 0,
-        chosen["recorded_base"], chosen["recorded_memory"], unknown,
-    )  # fmt: skip
-    if chosen["placement"] == "same" and recording.ram_pages > guest.ram_pages:
-        needed = 1 << (recording.ram_pages - 1).bit_length()
-        raise ConfigurationError(
-            f"host.path={path}: recorded from a guest of {format_size(recording.ram_pages * PAGE_BYTES)}, larger than "
-            f"this one. Set guest.memory={format_size(needed * PAGE_BYTES)} or more, host.placement=scale or "
-            "host.placement=fold, or choose another host."
-        )
-    if chosen["placement"] == "same" and chosen["offset"] == 0:
-        return recording
-    return _placed(recording, guest.ram_pages, chosen["placement"], chosen["offset"])
-
-
-@lru_cache(maxsize=16)
-def _opened(path: str, changed_ns: int, base_page: int, pages: int, unknown_op: str | None) -> Any:
-    from spepolicy.recording import open_recording
-
-    default = RANDOM_OPS[unknown_op] if unknown_op else None
-    return open_recording(path, ram_base_gfn=base_page, ram_pages=pages, default_op=default)
-
-
-@lru_cache(maxsize=16)
-def _placed(recording: Any, ram_pages: int, placement: str, offset_pages: int) -> Any:
-    from spepolicy.recording.placement import place
-
-    placed = place(recording, ram_pages, placement, offset_pages)
-    if len(placed) == 0:
-        raise ConfigurationError(
-            f"host.offset={format_size(offset_pages * PAGE_BYTES)}: no event of the recording lies in the guest's "
-            f"memory, {format_size(ram_pages * PAGE_BYTES)}. Choose a smaller offset, or host.placement=fold."
-        )
-    return placed

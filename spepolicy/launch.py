@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from spepolicy.check import check_flags_given
 from spepolicy.completion import HIDDEN
-from spepolicy.config import host_notes, plain, register, to_options, to_scenario
+from spepolicy.config import plain, register, to_options, to_scenario
 from spepolicy.errors import (
     ConfigurationError,
     OutputError,
@@ -27,6 +27,7 @@ from spepolicy.errors import (
     UnsupportedPolicyError,
     nearest,
 )
+from spepolicy.host_choice import host_notes
 from spepolicy.platforms import reason_not_to_run
 from spepolicy.plugins import PolicyInfo, build_policy, installed_policies
 from spepolicy.policy_choice import BARE_METAL, baseline_policy, chosen_policy
@@ -206,7 +207,7 @@ def build_plan(config: Mapping[str, Any], run_dir: Path) -> Plan:
     check_policies(options.lanes.lanes, policies)
     scenario = to_scenario(config)
     check_guest(options.lanes, scenario)
-    notes = list(host_notes(config, scenario))
+    notes = list(host_notes(plain(config)["host"], scenario))
     for each, policy in list(policies.items()):
         reason = reason_not_to_run(policy, each, scenario)
         if reason is not None and each == name:

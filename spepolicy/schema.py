@@ -4,7 +4,8 @@ The dataclasses are the schema that Hydra composes into, so an unknown key or a 
 values: these are in `conf/`, beside their sources. The metadata of each field is a `Setting`, from which
 `spepolicy.config` checks ranges and converts to `spepolicy.machine.scenario`, and from which the help prints.
 
-Nothing here imports Hydra or OmegaConf, so that the help stays fast.
+Nothing here imports Hydra or OmegaConf, so that the help stays fast. More than 500 lines: it is one table, and what is
+looked up in it must not depend on knowing where it was cut.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spepolicy.config import host_notes, to_options, to_scenario
+from spepolicy.config import to_options, to_scenario
 from spepolicy.errors import ConfigurationError, RecordingError
+from spepolicy.host_choice import host_notes
 from spepolicy.machine.hostops import Backing, HostOp, Kernel
 from spepolicy.machine.scenario import Costs, Cpu, ExternalAbort, Guest, HostKind, IrqDelivery, Kvm, OpType, SessionMode
 from spepolicy.schema import CostSettings, CpuSettings, FilterSettings, GuestSettings, KvmSettings, settings_of
@@ -301,7 +302,7 @@ class TestHost:
             "   lvmm   256 [001]     1.000100: kp:s2_map: (0) addr=0x40000000 size=0x1000 phys=0x1 prot=0x6\n"
         )
         config = composed(f"host.path={trace}")
-        notes = host_notes(config, to_scenario(config))
+        notes = host_notes(config["host"], to_scenario(config))
         assert "1 kvm_entry (context)" in notes[-1]
 
     def test_an_own_trace_is_not_said_to_be_of_an_emulator(self, composed: Composed, tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ class TestHost:
         told = {}
         for scale in ("1", "20"):
             config = composed(f"host.path={trace}", f"host.time_scale={scale}")
-            told[scale] = host_notes(config, to_scenario(config))[0]
+            told[scale] = host_notes(config["host"], to_scenario(config))[0]
             assert "emulator" not in told[scale]
         assert "play it with host.time_scale=1" in told["20"]
         assert "at its own pace" in told["1"]
@@ -350,7 +351,7 @@ class TestHost:
         self, composed: Composed, overrides: list[str], parts: list[str]
     ) -> None:
         config = composed(*overrides)
-        text = " ".join(host_notes(config, to_scenario(config)))
+        text = " ".join(host_notes(config["host"], to_scenario(config)))
         for part in parts:
             assert part in text
 

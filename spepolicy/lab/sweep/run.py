@@ -445,7 +445,8 @@ def _as_numpy(column: Any) -> Any:
 def plan_sweep(jobs: list[Job], failures: list[Failure], folder: Path) -> SweepPlan:
     """Return the plan of *jobs*. Raises `ConfigurationError` where they disagree on what belongs to the whole sweep."""
     from spepolicy.check import checked
-    from spepolicy.config import host_notes
+    from spepolicy.config import plain
+    from spepolicy.host_choice import host_notes
     from spepolicy.judge.metrics import METRICS
     from spepolicy.lab.sweep.jobs import one_for_all
     from spepolicy.schema import StopSettings, settings_of
@@ -462,7 +463,7 @@ def plan_sweep(jobs: list[Job], failures: list[Failure], folder: Path) -> SweepP
             f"{nearest(str(stop['metric']), METRICS)}"
         )
     precision = stop["precision"]
-    notes = dict.fromkeys(note for job in jobs for note in host_notes(job.config, job.scenario))
+    notes = dict.fromkeys(note for job in jobs for note in host_notes(plain(job.config)["host"], job.scenario))
     return SweepPlan(
         jobs=jobs,
         failures=failures,
