@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mean_ci95", "t_quantile_975"]
+__all__ = ["mean_ci95", "means_ci95", "t_quantile_975"]
 
 
 def _central_probability(t: float, df: int) -> float:
@@ -57,3 +57,21 @@ def mean_ci95(values: NDArray[np.float64]) -> tuple[float, float]:
     if n == 1:
         return mean, math.nan
     return mean, t_quantile_975(n - 1) * float(defined.std(ddof=1)) / math.sqrt(n)
+
+
+def means_ci95(rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return `mean_ci95` of each of *rows*, float64[m, n], to the bit: means and half-widths, float64[m] each.
+
+    Most measures are defined for all replicates; these are done at once.
+    """
+    count, n = rows.shape
+    means, halves = np.full(count, math.nan), np.full(count, math.nan)
+    defined = ~np.isnan(rows).any(axis=1)
+    whole = rows[defined]
+    if n > 0:
+        means[defined] = whole.mean(axis=1)
+    if n > 1:
+        halves[defined] = t_quantile_975(n - 1) * whole.std(axis=1, ddof=1) / math.sqrt(n)
+    for row in np.flatnonzero(~defined):
+        means[row], halves[row] = mean_ci95(rows[row])
+    return means, halves

@@ -21,7 +21,7 @@ import numpy as np
 from spepolicy.hookspecs import Cause
 from spepolicy.judge import attribution, blackout
 from spepolicy.judge.fidelity import TOP
-from spepolicy.judge.interval import mean_ci95
+from spepolicy.judge.interval import means_ci95
 from spepolicy.judge.lanes import Floats, ratio
 from spepolicy.judge.view import View
 from spepolicy.machine.scenario import PAGE_BYTES
@@ -473,11 +473,12 @@ def measure(result: Result, bare_metal: Result | None) -> Measured:
     *bare_metal* is what excess is measured against: pairs of equal replicates count, and without any it is undefined.
     """
     view = View(result, bare_metal)
-    measured = Measured({}, {}, {})
-    for name, metric in METRICS.items():
-        lanes = np.asarray(metric.lane(view), dtype=np.float64)
-        measured.lanes[name] = lanes
-        mean, half = mean_ci95(lanes) if metric.pooled is None else (metric.pooled(view), math.nan)
+    lanes = {name: np.asarray(metric.lane(view), dtype=np.float64) for name, metric in METRICS.items()}
+    means, halves = means_ci95(np.stack(list(lanes.values())))
+    measured = Measured({}, {}, lanes)
+    for (name, metric), mean, half in zip(METRICS.items(), means.tolist(), halves.tolist(), strict=True):
+        if metric.pooled is not None:
+            mean, half = metric.pooled(view), math.nan
         if not math.isnan(mean):
             measured.values[name] = mean
         if not math.isnan(half):

@@ -130,13 +130,14 @@ def write_parquet(path: Path, table: Mapping[str, Column]) -> Path:
 
     from spepolicy.judge.metrics import METRICS
     from spepolicy.judge.tables import Categories
+    from spepolicy.lab.arrow import arrow_array, arrow_categories
 
     columns, fields = [], []
     for name, column in table.items():
         if isinstance(column, Categories):
-            array = pyarrow.DictionaryArray.from_arrays(column.codes, list(column.names))
+            array = arrow_categories(column)
         else:
-            array = pyarrow.array(column)
+            array = arrow_array(column)
         metric = METRICS.get(name)
         metadata = {"doc": metric.doc, "unit": metric.unit} if metric else None
         columns.append(array)

@@ -18,7 +18,7 @@ def benchmark(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("growth")
 
 
-SAME_SCRIPT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+SAME_SCRIPT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @SAME_SCRIPT

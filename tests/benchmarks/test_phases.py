@@ -89,7 +89,7 @@ def nested(depth: int, begin: int, end: int) -> st.SearchStrategy[list[tuple[int
     return make()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the script does not change
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)  # the script does not change
 @given(spans=nested(3, 0, 30))
 def test_each_moment_belongs_to_the_innermost_span(benchmark: ModuleType, spans: list[tuple[int, int, str]]) -> None:
     pieces = benchmark.innermost(spans)

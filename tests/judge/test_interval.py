@@ -7,8 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from numpy.typing import NDArray
 
-from spepolicy.judge.interval import mean_ci95, t_quantile_975
+from spepolicy.judge.interval import mean_ci95, means_ci95, t_quantile_975
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,19 @@ def test_the_interval_covers_the_mean_95_times_in_100() -> None:
         mean, half = mean_ci95(row)
         covered += abs(mean - 3.0) <= half
     assert covered / len(draws) == pytest.approx(0.95, abs=0.015)  # four standard errors
+
+
+MEASURES = st.floats(-1e12, 1e12) | st.just(math.nan) | st.just(0.0)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.tuples(st.integers(1, 12), st.integers(0, 300)).flatmap(
+        lambda shape: npst.arrays(np.float64, shape, elements=MEASURES, fill=st.floats(-1e6, 1e6))
+    )
+)
+def test_many_at_once_are_each_by_itself_to_the_bit(rows: NDArray[np.float64]) -> None:
+    """Summation in numpy goes by blocks of 128; a sweep's numbers must not depend on who was judged beside whom."""
+    means, halves = means_ci95(rows)
+    for row, mean, half in zip(rows, means, halves, strict=True):
+        np.testing.assert_array_equal((mean, half), mean_ci95(row), strict=False)

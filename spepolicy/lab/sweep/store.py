@@ -163,15 +163,17 @@ class Store:
         Rows whose lane is in the store already are merged into it: they must be the same, and nothing is written.
         Raises `StoreError` if the file cannot be written; then none of the rows is there.
         """
-        import pyarrow
+        import numpy as np
         from pyarrow import parquet
+
+        from spepolicy.lab.arrow import arrow_array
 
         fresh = self._fresh(columns["lane_hash"], columns["digest"])
         if not fresh:
             return 0
         table = _as_table(columns)
         if len(fresh) < table.num_rows:
-            table = table.take(pyarrow.array(fresh))
+            table = table.take(arrow_array(np.array(fresh)))
         if self._schema is not None and set(table.schema.names) != set(self._schema.names):
             other = sorted(set(table.schema.names) ^ set(self._schema.names))
             raise StoreError(
@@ -213,7 +215,9 @@ class Store:
         import pyarrow
         from pyarrow import compute, parquet
 
-        wanted = pyarrow.array([name for name in lane_hashes if name in self._known], pyarrow.string())
+        from spepolicy.lab.arrow import arrow_array
+
+        wanted = arrow_array([name for name in lane_hashes if name in self._known])
         if not len(wanted):
             return
         for path in self.files():
@@ -254,17 +258,18 @@ def _as_table(columns: Mapping[str, Any]) -> Any:
 
     from spepolicy.judge.metrics import METRICS
     from spepolicy.judge.tables import Categories
+    from spepolicy.lab.arrow import arrow_array, arrow_categories
 
     arrays, fields = [], []
     for name, column in columns.items():
         if isinstance(column, Categories):
-            array = pyarrow.DictionaryArray.from_arrays(column.codes, list(column.names))
+            array = arrow_categories(column)
         elif isinstance(column, np.ndarray) and column.ndim == 2:
-            flat = pyarrow.array(column.reshape(-1))
+            flat = arrow_array(column.reshape(-1))
             ends = np.arange(len(column) + 1, dtype=np.int32) * column.shape[1]
-            array = pyarrow.ListArray.from_arrays(ends, flat)
+            array = pyarrow.ListArray.from_arrays(arrow_array(ends), flat)
         else:
-            array = pyarrow.array(column)
+            array = arrow_array(column)
         metric = METRICS.get(name)
         metadata = {"doc": metric.doc, "unit": metric.unit} if metric else None
         arrays.append(array)
