@@ -434,8 +434,9 @@ def test_rule_37_an_abort_that_nobody_tells_leaves_the_buffer_full_where_its_rec
 ) -> None:
     bench = Bench(cpu=replace(FIXED, external_abort=way, external_abort_every=1), limit_pages=1)
     bench.v.pmbptr = bench.limit - 2 * 64
-    bench.write_records(5)
+    bench.advance(20 * 513 * OP_PS)
     assert bench.tr.external_aborts == 2
+    assert bench.lost() == {int(LostCause.EXTERNAL_ABORT): 2}
     assert bench.syndrome == {"EC": 0, "DL": 0, "EA": 0, "S": 1, "COLL": 0, "MSS": 1}
     assert (int(bench.tr.buffer_full), int(bench.v.pmbptr)) == (1, bench.limit)
     assert bench.tr.written == 0

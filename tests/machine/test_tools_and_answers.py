@@ -56,6 +56,14 @@ def test_a_walk_lists_the_tables_as_far_as_they_are_the_guests_memory() -> None:
     bench.call("misbehave.free_table", 0, bench.start, 1)
     walk(bench, 0, 1, tables=1)
     assert listed(bench) == whole[:3], "the level 2 table no longer points at one"
+    whole_again = Bench(virtualized=True)
+    middle = whole_again.slot_of(int(whole_again.m.host_page[0, whole[1]]) & module("machine.hostpage").FRAME)
+    entry = (whole_again.start >> 30) & 511
+    ordinary = whole_again.buffer_page(3)
+    whole_again.m.pool[0, -1, :] = whole_again.m.pool[0, middle, entry]  # a row that nothing uses
+    whole_again.m.pool[0, middle, entry] = (int(whole_again.par.ram_page0) + ordinary) << 12 | 3
+    walk(whole_again, 0, 1, tables=1)
+    assert listed(whole_again) == [*whole[:2], ordinary], "what a descriptor calls a table is listed; it leads nowhere"
     root = int(bench.vm.ttbr1)
     for outside in (0x1000, (int(bench.par.ram_page0) + int(bench.par.ram_pages)) << 12):
         bench.vm.ttbr1 = outside

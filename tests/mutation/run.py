@@ -29,11 +29,8 @@ from tests.line_coverage import LONG, TESTS, WHOLE_LANES, seconds_of
 
 from .attempt import Session, Told, copy_sources, in_a_new_process, with_session
 from .mutants import Mutant, sample
+from .table import EQUIVALENT, RESULTS, figures, key_of, known, row_of, write
 
-RESULTS = Path(__file__).with_name("results.tsv")
-COLUMNS = ("outcome", "test", "file", "line", "function", "was", "now", "key")
-OUTCOMES = ("caught", "survived", "undecided", "not run")
-EQUIVALENT = "equivalent: "
 CPU_S = 20  # for the tests of one mutant
 # They start a process of their own, which does not see the mutant.
 OTHER_PROCESS = ("tests/machine/test_jit.py",)
@@ -111,57 +108,6 @@ class Trial:
                 return found, test
             tests = [it for it in tests if self._alone.get(it, True)]
         return "not run", ""
-
-
-def known(path: Path) -> dict[str, list[str]]:
-    """Return the lines of a table of results, by the mutants' keys; of two for one key the later."""
-    if not path.exists():
-        return {}
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return {row[-1]: row for row in rows}
-
-
-def key_of(mutant: Mutant) -> str:
-    """Return the mutant's key in one line."""
-    return " | ".join(" ".join(part.split()) for part in mutant.key.split("\t"))
-
-
-def row_of(mutant: Mutant, outcome: str, test: str) -> list[str]:
-    """Return a line of the table."""
-    texts = [" ".join(text.split())[:100] for text in (mutant.was, mutant.now)]
-    return [outcome, test, mutant.path, str(mutant.line), mutant.function, *texts, key_of(mutant)]
-
-
-def write(path: Path, done: dict[str, list[str]], mutants: Sequence[Mutant]) -> None:
-    """Write the table: a line for each mutant of the sample that has been tried, in the order of the sample, its place
-    as of today.
-    """
-    rows = [row_of(it, *done[key_of(it)][:2]) for it in mutants if key_of(it) in done]
-    path.write_text("".join("\t".join(row) + "\n" for row in [list(COLUMNS), *rows]), encoding="utf-8")
-
-
-def figures(rows: Sequence[Sequence[str]]) -> str:
-    """Say how many were tried and caught: plainly, and without those that are equivalent."""
-    count = Counter(row[0] for row in rows)
-    same = sum(row[1].startswith(EQUIVALENT) for row in rows)
-    caught = count["caught"]
-    share = f"{100 * caught / max(1, len(rows)):.1f} %"
-    without = f"{100 * caught / max(1, len(rows) - same):.1f} %"
-    parts = ", ".join(f"{count[it]} {it}" for it in OUTCOMES)
-    return f"{len(rows)} tried: {parts}. Caught: {share}; of those that are not equivalent ({same}): {without}"
-
-
-def survivors(rows: Sequence[Sequence[str]]) -> str:
-    """Return the table of the page: what was not caught, and why."""
-    lines = ["| where | change | outcome | reason |", "|---|---|---|---|"]
-    for outcome, why, file, _, function, was, now, _ in sorted(
-        (row for row in rows if row[0] != "caught"), key=lambda row: (row[2], row[4], row[5], row[6])
-    ):
-        texts = [f"`{text.replace('|', chr(92) + '|')}`" for text in (was, now)]
-        lines.append(
-            f"| `{file.removeprefix('spepolicy/')}` {function} | {texts[0]} → {texts[1]} | {outcome} | {why} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str]) -> int:
