@@ -63,6 +63,8 @@ def test_no_line_is_longer_than_the_kernel_s_and_the_policy_is_code() -> None:
     lines = errata_as_rst(FINDINGS, [long, AWKWARD]).splitlines()
     assert max(len(line) for line in lines if not line.endswith(words) and set(line) != {"-"}) <= 80 < len(words)
     assert "``eager_pin``" in " ".join(lines)
+    first_cells = [line.strip() for line in lines if line.startswith("    * - ")]
+    assert first_cells[1:] == [f"* - {long.id}", f"* - {AWKWARD.id}"], "a row each, below the heads of the columns"
     assert "`eager_pin`" in errata_as_markdown(FINDINGS, [AWKWARD])
 
 

@@ -426,6 +426,8 @@ def test_rule_42_an_external_abort_that_is_not_reported_leaves_pmbsr_alone(way: 
     assert bench.lost() == {int(LostCause.EXTERNAL_ABORT): int(bench.tr.external_aborts)}
     assert bench.v.pmbptr == bench.start + 64 * int(bench.tr.external_aborts) > bench.start
     assert bench.tr.serrors == (bench.tr.external_aborts if way == ExternalAbort.SERROR else 0)
+    until = int(bench.v.now_ps) + 3 * 513 * OP_PS
+    assert bench.run(until) == until, "nothing stops it on the way"
 
 
 @pytest.mark.parametrize("way", [ExternalAbort.IGNORED, ExternalAbort.SERROR])

@@ -96,6 +96,20 @@ def test_a_set_that_is_kept_twice_is_kept_once() -> None:
         assert int(bench.v.pin_count) == pins(bench) == 2
 
 
+def test_a_pin_that_is_gone_is_not_given_back() -> None:
+    """The source of a migration has no pins any more; what KVM lists of them must not count below nothing."""
+    bench = Bench(virtualized=True)
+    pin(bench, 0, 3)
+    use(bench, "pinning.unpin_previous")
+    page = bench.buffer_page(1)
+    bench.m.host_page[0, page] &= ~module("machine.hostpage").PIN_MASK
+    use(bench, "pinning.unpin_current")
+    assert pins(bench) == 0
+    word = int(bench.m.host_page[0, page])
+    assert word & module("machine.hostpage").PRESENT
+    assert word >> 52 == module("machine.hostpage").ROLE_BUFFER << 4, "nothing is borrowed from the bits above"
+
+
 def test_pins_of_vcpus_that_waited_are_counted_over_the_longest_life() -> None:
     """pin_vm's integral goes on to the vCPU that ends last."""
     bench = Bench(virtualized=True, guest={"vcpus": 2})

@@ -150,6 +150,22 @@ def test_a_block_is_translated_and_not_valid_at_level_3() -> None:
     assert stage2.walk(0x4000_0000)[0] == TRANSLATION | 3
 
 
+def test_a_page_of_a_block_is_shown_as_the_page_that_it_would_be() -> None:
+    """KVM asks whether a page is mapped writable, and how is not its business."""
+    stage2, ipa = Stage2(40), 0x4020_0000
+    tables, vm = stage2.tables, stage2.vm
+    tables.map_stage2_block(vm, stage2.frames, stage2.pool, stage2.refs, stage2.row, ipa, 0x8_0200, 1)
+    stage2.map(ipa + (1 << 21) + 7 * PAGE, 77)
+    middle = tables.middle_table(stage2.frames, stage2.pool, stage2.row, ipa)
+    page = tables.S2_LEAF | stage2.walker.S2_WRITE
+    for n in (0, 1, 300, 511):
+        found = tables.leaf_descriptor(stage2.pool, middle, ipa + n * PAGE)
+        assert int(found) == (0x8_0200 + n) << 12 | page
+    assert int(tables.leaf_descriptor(stage2.pool, middle, ipa + (1 << 21) + 7 * PAGE)) == 77 << 12 | page
+    for nothing in (ipa + (1 << 21) + 8 * PAGE, ipa + (2 << 21)):
+        assert tables.leaf_descriptor(stage2.pool, middle, nothing) == 0
+
+
 def test_a_table_outside_memory_is_an_external_abort_on_the_walk() -> None:
     stage2 = Stage2(40)
     stage2.map(0, 1)
