@@ -82,6 +82,23 @@ def test_the_handler_s_accesses_trap_one_by_one(syndrome: int, pmb: int, pms: in
         assert int(bench.tr.traps) - before == pmb * trap_pmb + pms * trap_pms
 
 
+@pytest.mark.parametrize(
+    ("head", "tail", "discard", "writes"),
+    [(0, 0, False, 2), (4 * PAGE - 1, 0, False, 1), (4 * PAGE - 64, 0, False, 1), (0, 0, True, 1)],
+)
+def test_a_session_s_start_writes_the_limit_and_where_there_is_room_the_pointer(
+    head: int, tail: int, discard: bool, writes: int
+) -> None:
+    """spe.md 3.2. Without room the limit is written as 0; with FM=discard the pointer means nothing (rule 23)."""
+    for trap_pmb, trap_pms in itertools.product((False, True), repeat=2):
+        bench = Bench(virtualized=True, trap_pmb=trap_pmb, trap_pms=trap_pms, guest={"discard": discard})
+        bench.v.aux_head, bench.v.aux_tail = head, tail
+        before = int(bench.tr.traps)
+        bench.call("linux_spe.output_begin", 0)
+        assert int(bench.tr.traps) - before == writes * trap_pmb
+        assert int(bench.v.pmblimitr) & 1 == int(head == 0)
+
+
 @pytest.mark.parametrize("trapped", [False, True])
 def test_where_the_syndrome_traps_the_guest_reads_kvms(trapped: bool) -> None:
     """But for COLL, which KVM cannot keep: the hardware may set it at any time."""

@@ -196,6 +196,16 @@ def test_a_block_splits_into_what_it_mapped(kib: int, block: int, page: int) -> 
     assert g.stage2.output(ipa + other) == pa + other
 
 
+def test_what_is_not_mapped_is_not_split() -> None:
+    g = guest()
+    nowhere = 0x70_0000_0000
+    descriptor, level = g.stage2.lookup(nowhere)
+    used = g.memory.used
+    assert (descriptor, level < 3) == (0, True)
+    assert g.stage2.split(nowhere) == level
+    assert (g.stage2.lookup(nowhere), g.memory.used) == ((0, level), used)
+
+
 @pytest.mark.parametrize("kib", [4, 16, 64])
 def test_a_page_taken_out_of_a_block_leaves_the_rest(kib: int) -> None:
     g = guest(kib)

@@ -150,6 +150,17 @@ def test_a_block_is_translated_and_not_valid_at_level_3() -> None:
     assert stage2.walk(0x4000_0000)[0] == TRANSLATION | 3
 
 
+def test_a_walk_of_stage_2_says_the_level_at_which_it_ends() -> None:
+    stage2 = Stage2(40)
+    leaf = stage2.tables.stage2_leaf
+    assert leaf(stage2.frames, stage2.pool, stage2.row, 0) == (-1, 1)
+    stage2.map(0, 9)
+    for ipa, expected in ((1 << 21, (-1, 2)), (1 << 30, (-1, 1))):
+        assert leaf(stage2.frames, stage2.pool, stage2.row, ipa) == expected
+    slot, entry = leaf(stage2.frames, stage2.pool, stage2.row, 5 * PAGE)
+    assert (slot > 0, entry) == (True, 5), "a table of level 3, with an entry for the page, valid or not"
+
+
 def test_a_page_of_a_block_is_shown_as_the_page_that_it_would_be() -> None:
     """KVM asks whether a page is mapped writable, and how is not its business."""
     stage2, ipa = Stage2(40), 0x4020_0000
