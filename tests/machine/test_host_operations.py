@@ -103,6 +103,17 @@ def test_a_huge_page_is_split_where_only_a_part_of_it_changes_place_or_rights(
         assert frames[0] % FOLIO == 0
 
 
+def test_a_huge_page_is_paged_out_whole() -> None:
+    """One of its pages is asked for. Measured on 6.1: age and CLEAR of the folio, then all of it is swapped, split."""
+    bench = thp()
+    for page in (7, FOLIO + 7):
+        bench.call("hostpage.age", page, page + 1, 1)
+    bench.call("operations.operate", int(HostOp.PAGEOUT), 7, 8)
+    w = words()
+    assert not any(word(bench, n) & (w.PRESENT | w.HUGE) for n in range(FOLIO) if word(bench, n) & w.ROLE_MASK == 0)
+    assert all(word(bench, n) & w.PRESENT and word(bench, n) & w.HUGE for n in range(FOLIO, 2 * FOLIO))
+
+
 def test_collapsing_makes_a_huge_page_of_present_ones() -> None:
     bench = Bench(virtualized=True, host=Host(), guest={"ram_pages": 2 * FOLIO})
     w = words()

@@ -12,6 +12,7 @@ from spepolicy.machine.guestacts import GuestAct
 from spepolicy.machine.hostops import HostOp
 from spepolicy.machine.scenario import GuestDriver, Handling, Host, HostKind, IrqDelivery, Migration, MigrationKind
 from spepolicy.machine.state import NEVER, Hook, LostCause
+from spepolicy.machine.trace import LogKind
 
 from .interpreted import module
 from .spu_bench import FIXED, PAGE, Bench
@@ -83,6 +84,32 @@ def test_looking_finds_an_aged_page_only_where_the_spu_faults_on_it(by_hardware:
     missing = module("machine.walking").LOOK_MISSING
     assert use(bench, "walking.look") == (0 if by_hardware else missing)
     assert bench.write_records(1) == int(by_hardware)
+
+
+def test_records_have_nowhere_to_go_where_the_guest_has_freed_the_table() -> None:
+    """KVM's own buffer has records, the guest's no level 3 table: a translation fault, as a walk would say."""
+    bench = Bench(virtualized=True, own_buffer=True)
+    bench.v.shadow_ptr, bench.v.shadow_limit = bench.start, (bench.start + 4 * PAGE) | 1
+    bench.v.pmbptr = bench.v.pmblimitr = 0
+    use(bench, "own_buffer.start_own_buffer", 4)
+    assert bench.write_records(20) == 20
+    slot, entry = bench.call("misbehave.level2_entry", bench.start)
+    bench.m.pool[0, slot, entry] = 0
+    assert use(bench, "own_buffer.copy_out", 0) == module("machine.own_buffer").COPY_UNMAPPED
+    walker = module("mmu.walker")
+    assert int(bench.v.walk_status) == walker.STAGE1 | 0x04 | 3
+    assert (int(bench.tr.discarded), int(bench.tr.pending)) == (20, 0)
+
+
+def test_the_log_says_which_guest_page_a_lost_record_was_for() -> None:
+    """One more than the page behind a stage 2 fault; 0 where stage 1 is to blame."""
+    for edit, page in ((Bench.edit_stage2, 1), (Bench.edit_stage1, 0)):
+        bench = Bench(virtualized=True, log_rows=64)
+        wanted = bench.buffer_page(0)
+        edit(bench, wanted if page else 0, lambda d: d & ~1)
+        bench.write_records(1)
+        (row,) = [row for row in bench.m.log[0, : int(bench.vm.log_count)] if int(row[2]) & 0xFFFF == LogKind.LOST]
+        assert (int(row[3]), int(row[4])) == (bench.start, wanted + 1 if page else 0)
 
 
 # ---- pins ------------------------------------------------------------------------------------------------------------

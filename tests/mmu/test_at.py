@@ -154,6 +154,27 @@ def test_e0pd_closes_a_half_to_user_code() -> None:
     assert par(memory, registers, "S1E1R") & 1 == 0
 
 
+def test_pages_are_added_zeroed_and_once() -> None:
+    memory = Memory()
+    words = np.arange(512, dtype=np.uint64) * np.uint64(8)
+    memory.add_pages(np.array([0x1000, 0x8000], dtype=np.uint64))
+    for page in (0x1000, 0x8000):
+        assert memory.has(page + 8)
+        assert not memory.read(words + np.uint64(page)).any()
+    assert not memory.has(0x2000)
+    with pytest.raises(ConfigurationError, match="in no page"):
+        memory.read(np.array([0x2000, 0x1000], dtype=np.uint64))
+    with pytest.raises(ConfigurationError, match="0x2008 is in no page"):
+        memory.write(np.array([0x1000, 0x2008, 0x3000], dtype=np.uint64), np.ones(3, dtype=np.uint64))
+    for first in (0x1000, 0x8000):
+        with pytest.raises(ConfigurationError, match=f"{first:#x} twice"):
+            memory.add_pages(np.array([first], dtype=np.uint64))
+    for wrong in (0x2800, 1 << 48, (1 << 48) + 0x1000):
+        with pytest.raises(ConfigurationError, match="multiples of 4096"):
+            memory.add_pages(np.array([wrong], dtype=np.uint64))
+    assert memory.used == 2
+
+
 def test_memory_refuses_pages_that_are_none() -> None:
     page = np.zeros((1, 512), dtype=np.uint64)
     for addresses, content, words in (
