@@ -9,8 +9,6 @@ finds all that a hook can do in one place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -31,15 +29,20 @@ _live: dict[int, Any] = {}
 _tickets = count(1)
 
 
-@contextmanager
-def tools(kit: Any) -> Iterator[int]:
+class tools:
     """Make the tools in *kit* available to batches that carry the ticket, while a hook runs."""
-    ticket = next(_tickets)
-    _live[ticket] = kit
-    try:
-        yield ticket
-    finally:
-        del _live[ticket]
+
+    __slots__ = ("_ticket",)
+
+    def __init__(self, kit: Any) -> None:
+        self._ticket = next(_tickets)
+        _live[self._ticket] = kit
+
+    def __enter__(self) -> int:
+        return self._ticket
+
+    def __exit__(self, *_raised: object) -> None:
+        del _live[self._ticket]
 
 
 def _kit(ticket: int) -> Any:
@@ -323,7 +326,11 @@ class Vcpus:
 
     def claim(self, cause: Cause | ArrayLike) -> None:
         """Say what KVM believes to be the reason of the fault: a `Cause`, or integers [n] of it. For the judge only."""
-        causes = _per_vcpu(int(cause) if isinstance(cause, Cause) else cause, len(self), "claim(cause)", "integer")
+        if isinstance(cause, Cause):
+            if len(self):
+                _kit(self._ticket).claim(self._lanes, self._vcpus, int(cause))
+            return
+        causes = _per_vcpu(cause, len(self), "claim(cause)", "integer")
         if not len(self):
             return
         if causes.min() < 0 or causes.max() >= len(Cause):
@@ -334,15 +341,16 @@ class Vcpus:
         _kit(self._ticket).claim(self._lanes, self._vcpus, causes.astype(np.int64))
 
 
-def _with_status(batch: Vcpus, status: Ints, wanted: int, kind: type[Vcpus]) -> Any:
+def _with_status(batch: Vcpus, mixed: bool, status: Ints, wanted: int, kind: type[Vcpus]) -> Any:
     """Return the vCPUs of *batch* whose *status* is *wanted*, as a batch of *kind*. Mostly that is all of them, or
-    none.
+    none: not *mixed*, all have status 0.
     """
-    if not status.any():
-        chosen: Any = slice(None) if wanted == 0 else slice(0)
-    else:
+    if mixed:
         chosen = status == wanted
-    return kind(batch._ticket, batch._lanes[chosen], batch._vcpus[chosen], batch._rows)
+        return kind(batch._ticket, batch._lanes[chosen], batch._vcpus[chosen], batch._rows)
+    if wanted == 0:
+        return kind(batch._ticket, batch._lanes, batch._vcpus, batch._rows)
+    return kind(batch._ticket, _NOTHING, _NOTHING, batch._rows)
 
 
 def _owned(batch: Vcpus, tool: str) -> Any:
@@ -371,30 +379,31 @@ class Evidence:
 class CopyResult:
     """Outcome of copying KVM's buffer to the guest's: four batches."""
 
-    __slots__ = ("_batch", "status")
+    __slots__ = ("_batch", "_mixed", "status")
 
     def __init__(self, batch: Vcpus, status: Ints) -> None:
         self._batch, self.status = batch, status
+        self._mixed = bool(status.any())
 
     @property
     def room(self) -> Vcpus:
         """The vCPUs whose guest's buffer has room for more records."""
-        return _with_status(self._batch, self.status, 0, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 0, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def full(self) -> Vcpus:
         """The vCPUs whose guest's buffer is full now: real hardware would have raised a buffer full event."""
-        return _with_status(self._batch, self.status, 1, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 1, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def unmapped(self) -> Vcpus:
         """The vCPUs whose guest has not mapped all of what was to be written; the records are lost."""
-        return _with_status(self._batch, self.status, 2, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 2, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def no_page(self) -> Vcpus:
         """The vCPUs whose VMM has no memory behind a page of the buffer; the records are lost."""
-        return _with_status(self._batch, self.status, 3, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 3, Vcpus)  # type: ignore[no-any-return]
 
 
 class WalkResult:
@@ -402,20 +411,21 @@ class WalkResult:
     first bad page.
     """
 
-    __slots__ = ("_batch", "status")
+    __slots__ = ("_batch", "_mixed", "status")
 
     def __init__(self, batch: Vcpus, status: Ints) -> None:
         self._batch, self.status = batch, status
+        self._mixed = bool(status.any())
 
     @property
     def failed(self) -> Vcpus:
         """The vCPUs whose guest has not mapped all of the range."""
-        return _with_status(self._batch, (self.status != 0).astype(np.int64), 1, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, (self.status != 0).astype(np.int64), 1, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def ok(self) -> WalkedVcpus:
         """The vCPUs whose pages were all found: they can be pinned or mapped."""
-        return _with_status(self._batch, self.status, 0, WalkedVcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 0, WalkedVcpus)  # type: ignore[no-any-return]
 
 
 class WalkedVcpus(Vcpus):
@@ -441,25 +451,26 @@ class WalkedVcpus(Vcpus):
 class PinResult:
     """Outcome of pinning: `ok`, `over_limit` (RLIMIT_MEMLOCK) and `no_page` (the VMM has nothing there) are batches."""
 
-    __slots__ = ("_batch", "status")
+    __slots__ = ("_batch", "_mixed", "status")
 
     def __init__(self, batch: Vcpus, status: Ints) -> None:
         self._batch, self.status = batch, status
+        self._mixed = bool(status.any())
 
     @property
     def ok(self) -> PinnedVcpus:
         """The vCPUs whose pages are pinned and mapped now."""
-        return _with_status(self._batch, self.status, 0, PinnedVcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 0, PinnedVcpus)  # type: ignore[no-any-return]
 
     @property
     def over_limit(self) -> Vcpus:
         """The vCPUs whose VM would exceed its memlock limit; nothing was pinned for them."""
-        return _with_status(self._batch, self.status, 1, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 1, Vcpus)  # type: ignore[no-any-return]
 
     @property
     def no_page(self) -> Vcpus:
         """The vCPUs for which the VMM has no memory behind a page; nothing was pinned for them."""
-        return _with_status(self._batch, self.status, 2, Vcpus)  # type: ignore[no-any-return]
+        return _with_status(self._batch, self._mixed, self.status, 2, Vcpus)  # type: ignore[no-any-return]
 
 
 class PinnedVcpus(Vcpus):

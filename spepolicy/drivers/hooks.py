@@ -103,17 +103,15 @@ def _name(policy: object) -> str:
 
 def call_hook(
     manager: Any, policy: str, m: Machine, handle: Any, rows: NDArray[np.void], hook: Hook, lanes: Ints
-) -> float:
+) -> None:
     """Call *hook* of the policy in *manager* once for *lanes* of *m*, which wait for it, and see that the contract was
-    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`. Return the CPU time of the tools
-    that it used, in s.
+    kept. *rows* is the policy's state, [lane, vCPU]; *handle* is `rows.context(m)`.
 
     Raises HookError if the policy failed, or left a fault without an answer.
     """
     name = _HOOK_NAMES[hook]
     vcpus = m.vm["hook_vcpu"][lanes]
-    kit = Kit(m, handle)
-    with tools(kit) as ticket:
+    with tools(Kit(m, handle)) as ticket:
         try:
             caller = getattr(manager.hook, name)
             if hook in _VM_HOOKS:
@@ -151,4 +149,3 @@ def call_hook(
                 "Remedy: call faults.resume() or faults.inject(...)."
             )
         answers.score_claims(handle, lanes, vcpus)
-    return kit.spent_s

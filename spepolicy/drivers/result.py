@@ -42,10 +42,9 @@ class Result:
     samples: int
     seconds: float
     memory: dict[str, int]
-    # CPU time of the worker threads, all lanes: everything, of it in hooks, and of that in the machine's tools
+    # CPU time of the worker threads, all lanes: everything, and of it in hooks
     busy_s: float = 0.0
     hook_s: float = 0.0
-    tool_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,5 @@ def joined(parts: Sequence[Result], seconds: float) -> Result:
         seconds=seconds,
         busy_s=sum(part.busy_s for part in parts),
         hook_s=sum(part.hook_s for part in parts),
-        tool_s=sum(part.tool_s for part in parts),
         **arrays,
     )

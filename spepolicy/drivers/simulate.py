@@ -72,7 +72,7 @@ class _Chunk:
         state = getattr(run.policy, "State", np.dtype([]))
         self.rows = np.zeros((first, pieces[0].scenario.guest.vcpus), dtype=state)
         self.windows: list[NDArray[np.void]] = []
-        self.busy_s = self.hook_s = self.tool_s = 0.0  # CPU time: see Result
+        self.busy_s = self.hook_s = 0.0  # CPU time: see Result
 
     def execute(self) -> None:
         """Run all lanes to their end, or until the run is being stopped."""
@@ -113,7 +113,7 @@ class _Chunk:
     def call(self, hook: Hook, lanes: Ints) -> None:
         """Call one hook for one batch, and see that the contract was kept."""
         begin = time.thread_time()
-        self.tool_s += call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
+        call_hook(self.run.manager, self.run.name, self.m, self.handle, self.rows, hook, lanes)
         self.hook_s += time.thread_time() - begin
 
 
@@ -219,7 +219,6 @@ def _results(chunk: _Chunk, seconds: float) -> list[Result]:
                 memory=run.memory,
                 busy_s=chunk.busy_s * part,
                 hook_s=chunk.hook_s * part,
-                tool_s=chunk.tool_s * part,
                 **kept,
             )
         )
