@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from spepolicy.arch.registers import EC_STAGE1, EC_STAGE2
 from spepolicy.machine.scenario import Cpu
 from spepolicy.machine.state import NEVER, LostCause
+from spepolicy.machine.trace import LogKind
 
 from .interpreted import module
 from .spu_bench import FIXED, OP_PS, PAGE, Bench, one_kind
@@ -465,3 +466,16 @@ def test_rule_49_a_drain_writes_the_record_in_flight() -> None:
     assert bench.v.pmbptr == bench.start + 64
     bench.call("spu.drain", 0)
     assert bench.tr.written == 1
+
+
+def test_latencies_are_the_shortest_plus_an_exponential_part() -> None:
+    """A workload says the shortest total latency of an operation and the mean of what comes on top."""
+    bench = Bench(workload=one_kind(latency=10, spread=100), interval=8192, buffer_pages=16, log_rows=1500)
+    n = bench.write_records(400)
+    assert n == 400
+    rows = bench.m.log[0, : int(bench.vm.log_count)]
+    total = np.array([int(row[4]) & 0xFFFF for row in rows if int(row[2]) & 0xFFFF == LogKind.WRITTEN])
+    assert len(total) == n
+    assert total.min() >= 10
+    assert abs(total.mean() - 110) < 4 * 100 / n**0.5
+    assert abs(total.std() - 100) < 25
