@@ -133,3 +133,11 @@ def test_the_table_of_a_sweep_has_a_row_a_policy_and_version() -> None:
         "| b\\|c | SPE | - | - |",
     ]
     assert "No erratum" in matrix_as_markdown([("a", 1, [])])
+
+
+def test_an_erratum_that_was_neither_seen_nor_documented_has_no_cell() -> None:
+    """A row of "documented" says that the policy declares it: nothing else does."""
+    silent = replace(AWKWARD, count=0, documented=False)
+    ids, rows = errata_matrix([("p", 4, [silent]), ("q", 4, [replace(silent, documented=True)]), ("r", 4, [AWKWARD])])
+    assert ids == [AWKWARD.id]
+    assert rows == [("p", 4, {}), ("q", 4, {AWKWARD.id: "documented"}), ("r", 4, {AWKWARD.id: "3"})]

@@ -165,6 +165,8 @@ def test_rows_of_a_recording_that_lie_behind_the_guests_memory_are_left_out() ->
         (0, 0, 1, touch, 1), (1_000_000, 250, 256, touch, 0), (2_000_000, 255, 256, touch, 1),
     ]  # fmt: skip
     assert lane.par.recording_span_ps == 77_000_001
+    assert parameters(Host(kind=HostKind.RECORDED))["recording_span_ps"] == 1, "no recording, no span"
+    assert parameters(Host(recording=recording))["recording_span_ps"] == 1, "one that is not played has none"
     silent = Lane(scenario(guest=guest(ram_pages=256)), virtualized=True)
     assert silent.par.recording_span_ps == 1
     assert silent.m.rec_ps.tolist() == silent.m.rec_end.tolist() == [0]

@@ -137,6 +137,21 @@ def test_a_pin_that_is_gone_is_not_given_back() -> None:
     assert word >> 52 == module("machine.hostpage").ROLE_BUFFER << 4, "nothing is borrowed from the bits above"
 
 
+def test_a_page_that_the_vmm_does_not_have_is_not_mapped_and_not_pinned() -> None:
+    """map_fresh answers 1, pin_fresh that there is no page; so do both for a slot whose pages are logged (M1)."""
+    pinning = module("machine.pinning")
+    for gone, logged in ((True, False), (False, True), (False, False)):
+        b = migrating(Handling.NOT_MAPPED)
+        b.vm.dirty_logging = int(logged)
+        if gone:
+            b.call("host.operate_on_page", int(HostOp.MUNMAP), b.buffer_page(2))
+        assert walk(b, 0, 4) == 0
+        assert use(b, "pinning.map_fresh") == int(gone or logged)
+        assert walk(b, 0, 4) == 0
+        assert use(b, "pinning.pin_fresh", 0) == (pinning.PIN_NO_PAGE if gone or logged else pinning.PIN_OK)
+        assert pins(b) == (0 if gone or logged else 4)
+
+
 def test_pins_of_vcpus_that_waited_are_counted_over_the_longest_life() -> None:
     """pin_vm's integral goes on to the vCPU that ends last."""
     bench = Bench(virtualized=True, guest={"vcpus": 2})
