@@ -101,6 +101,40 @@ def test_records_have_nowhere_to_go_where_the_guest_has_freed_the_table() -> Non
     assert (int(bench.tr.discarded), int(bench.tr.pending)) == (20, 0)
 
 
+def test_a_page_that_is_full_to_its_end_does_not_ask_for_the_next() -> None:
+    bench = Bench(virtualized=True, own_buffer=True)
+    bench.v.shadow_ptr, bench.v.shadow_limit = bench.start, (bench.start + 4 * PAGE) | 1
+    bench.v.pmbptr = bench.v.pmblimitr = 0
+    use(bench, "own_buffer.start_own_buffer", 4)
+    assert bench.write_records(64) == 64
+    bench.edit_stage1(1, lambda d: d & ~1)
+    before = int(bench.v.host_ps)
+    assert use(bench, "own_buffer.copy_out", 0) == module("machine.own_buffer").COPY_ROOM
+    assert int(bench.tr.copied_bytes) == PAGE
+    assert int(bench.v.host_ps) - before == 4 * bench.par.walk_read_ps + bench.par.copy_out_page_ps
+
+
+def test_the_first_stage_2_fault_is_kept_as_the_guest_would_have_seen_it() -> None:
+    bench = Bench(virtualized=True)
+    assert bench.write_records(70) == 70
+    bench.v.host_ps = 12_345
+    bench.v.pmbsr = COLL
+    for n in (1, 2):
+        bench.edit_stage2(bench.buffer_page(n), lambda d: 0)
+    bench.v.tlb_page = -1
+    bench.m.tlb[0, 0, :, 0] = -1
+    assert bench.write_records(1) == 0
+    first = int(bench.v.pmbsr), int(bench.v.pmbptr)
+    assert first[0] == 0x25 << 26 | S | COLL | 0x07
+    assert (int(bench.tr.first_fault_syndrome), int(bench.tr.first_fault_va)) == first
+    at = int(bench.tr.first_fault_ps)
+    assert 12_345 < at <= int(bench.v.now_ps) + 12_345
+    bench.v.pmbsr, bench.v.pmbptr = 0, bench.start + 2 * PAGE
+    bench.write_records(1)
+    assert bench.tr.stage2_faults == 2
+    assert (int(bench.tr.first_fault_ps), int(bench.tr.first_fault_va)) == (at, first[1]), "the first, not the last"
+
+
 def test_the_log_says_which_guest_page_a_lost_record_was_for() -> None:
     """One more than the page behind a stage 2 fault; 0 where stage 1 is to blame."""
     for edit, page in ((Bench.edit_stage2, 1), (Bench.edit_stage1, 0)):
