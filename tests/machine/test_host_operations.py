@@ -76,6 +76,18 @@ def test_a_table_of_the_guests_is_not_merged_replaced_or_discarded() -> None:
             assert bool(exempt(w.PRESENT | role << w.ROLE_SHIFT, effect)) == spared
 
 
+def test_a_range_that_begins_at_a_table_leaves_it_where_it_is() -> None:
+    """Nothing is done to what a step is not for, at the beginning of a range as anywhere in it."""
+    bench = Bench(virtualized=True, guest={"vcpus": 2})
+    w = words()
+    roles = (bench.m.host_page[0] & w.ROLE_MASK) >> w.ROLE_SHIFT
+    (table,) = [n for n in range(255) if roles[n] == w.ROLE_TABLE and roles[n + 1] < w.ROLE_TABLE][:1]
+    before = word(bench, table)
+    bench.call("operations.operate", int(HostOp.DONTNEED), table, table + 2)
+    assert (word(bench, table), bench.stage2_leaf(table) & VALID) == (before, VALID)
+    assert not bench.stage2_leaf(table + 1) & VALID
+
+
 # ---- huge pages ------------------------------------------------------------------------------------------------------
 
 

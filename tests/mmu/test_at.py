@@ -162,8 +162,9 @@ def test_pages_are_added_zeroed_and_once() -> None:
         assert memory.has(page + 8)
         assert not memory.read(words + np.uint64(page)).any()
     assert not memory.has(0x2000)
-    with pytest.raises(ConfigurationError, match="in no page"):
-        memory.read(np.array([0x2000, 0x1000], dtype=np.uint64))
+    for addresses in ([0x2000, 0x1000], [0x2000, 0x3000], [0x1000, 0x2000, 0x3000]):
+        with pytest.raises(ConfigurationError, match="0x2000 is in no page"):
+            memory.read(np.array(addresses, dtype=np.uint64))
     with pytest.raises(ConfigurationError, match="0x2008 is in no page"):
         memory.write(np.array([0x1000, 0x2008, 0x3000], dtype=np.uint64), np.ones(3, dtype=np.uint64))
     for first in (0x1000, 0x8000):
