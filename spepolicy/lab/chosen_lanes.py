@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spepolicy.drivers.result import LaneLog, Result
     from spepolicy.lane_choice import ChosenLanes
 
-__all__ = ["perf_data_name", "timeline_name", "write_lanes"]
+__all__ = ["perf_data_name", "timeline_name", "write_lane", "write_lanes"]
 
 
 def perf_data_name(policy: str, replicate: int) -> str:
@@ -51,11 +51,18 @@ def write_lanes(
             continue  # an interruption left it out
         say(f"replicate {replicate} of {policy}: running its lane again with a log")
         log = _record(result, policies[policy], policy, replicate)
-        if wanted.perf_data:
-            files += _write_perf_data(log, run_dir, perf_data_name(policy, replicate))
-        if wanted.timeline:
-            files.append(_write_timeline(log, run_dir, policy, replicate))
+        files += write_lane(wanted, log, run_dir, policy, replicate)
     return list(dict.fromkeys(files))
+
+
+def write_lane(wanted: ChosenLanes, log: LaneLog, folder: Path, policy: str, replicate: int) -> list[Path]:
+    """Write what is *wanted* of one lane; return its files."""
+    files: list[Path] = []
+    if wanted.perf_data:
+        files += _write_perf_data(log, folder, perf_data_name(policy, replicate))
+    if wanted.timeline:
+        files.append(_write_timeline(log, folder, policy, replicate))
+    return files
 
 
 def _record(result: Result, policy: object, name: str, replicate: int) -> LaneLog:

@@ -119,6 +119,16 @@ class Collector:
         """Return how many lanes of a configuration are there."""
         return self._gathered[key].count
 
+    def row(self, key: str, seed: int, replicate: int) -> dict[str, Any] | None:
+        """Return a number by column of one lane of configuration *key*, or None if it is not there."""
+        for columns, rows in self._gathered[key].pieces:
+            here = (columns["seed"][rows] == seed) & (columns["replicate"][rows] == replicate)
+            if here.any():
+                n = int(here.argmax())
+                picked = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+                return {name: column[rows][n] for name, column in picked.items() if column.ndim == 1}
+        return None
+
     def outcomes(self, keys: Iterable[str] | None = None) -> dict[str, Outcome]:
         """Return the outcome of every configuration (of *keys*) of which any lane is there."""
         chosen = self.configurations if keys is None else keys

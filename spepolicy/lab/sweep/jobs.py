@@ -16,6 +16,7 @@ from spepolicy.errors import ConfigurationError, SpePolicyError, UnsupportedPoli
 from spepolicy.lab.run import BASELINE, CHOSEN
 from spepolicy.lab.sweep.compose import Composer
 from spepolicy.lab.sweep.identity import PolicyChoice, config_hash, scenario_hash
+from spepolicy.lane_choice import check_guest, check_policies
 from spepolicy.machine.scenario import Scenario
 from spepolicy.platforms import reason_not_to_run, why_unsupported
 from spepolicy.policy_choice import BARE_METAL, baseline_policy, chosen_policy
@@ -105,10 +106,12 @@ def _make_job(composer: Composer, number: int, overrides: tuple[str, ...], chose
         chosen[key] = choice, make_plugin_manager(choice.build(), ())
     choice, manager = chosen[key]
     scenario = to_scenario(config)
+    options = to_options(config)
+    check_guest(options.lanes, scenario)
     reason = why_unsupported(manager, scenario, name)
     if reason is not None:
         raise UnsupportedPolicyError(name, reason)
-    return Job(number, overrides, config, to_options(config), choice, scenario)
+    return Job(number, overrides, config, options, choice, scenario)
 
 
 def one_for_all(jobs: Sequence[Job]) -> None:
@@ -122,11 +125,12 @@ def one_for_all(jobs: Sequence[Job]) -> None:
                     f"{group}: job {jobs[0].number} has {first}, job {job.number} has {different}. These settings "
                     "belong to the sweep as a whole and cannot be swept. Give one value, or start several sweeps."
                 )
-    if jobs[0].options.lanes.any():
-        raise ConfigurationError(
-            "output.perf_data=true or output.timeline=true: a sweep writes no files of single lanes. Its jobs share "
-            "lanes and have no folder of their own. Run the job that you want it of by itself, without -m."
-        )
+    policies = {
+        BARE_METAL,
+        *(job.policy.name for job in jobs),
+        *(name for job in jobs for name in job.options.baselines),
+    }
+    check_policies(jobs[0].options.lanes.lanes, dict.fromkeys(sorted(policies)))
 
 
 def configurations_of(jobs: Sequence[Job]) -> dict[str, Configuration]:

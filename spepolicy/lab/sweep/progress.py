@@ -30,6 +30,7 @@ class Progress:
                 TextColumn("left{task.fields[failed]}"),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # else lines for a file or a pipe would go to the terminal
             )
             self._task = self._bar.add_task("simulating", total=lanes, rate="-", failed="")
 

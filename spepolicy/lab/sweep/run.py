@@ -21,6 +21,7 @@ from spepolicy.lab import output
 from spepolicy.lab.sweep.collect import Collector, Outcome
 from spepolicy.lab.sweep.identity import digest, lane_hash, provenance, source_hash
 from spepolicy.lab.sweep.jobs import Configuration, Failure, Job, configurations_of, lanes_of
+from spepolicy.lab.sweep.lane_files import write_lane_files
 from spepolicy.lab.sweep.listing import Estimate, estimate, listing
 from spepolicy.lab.sweep.progress import Progress
 from spepolicy.lab.sweep.sensitivity import SENSITIVITY, Sensitivity, Verdict, cost_names
@@ -29,6 +30,7 @@ from spepolicy.lab.sweep.store import Store, now_utc
 from spepolicy.lab.sweep.tracking import Recorder
 from spepolicy.lab.sweep.work import Part, Rows, Task
 from spepolicy.lab.tracking import Tracked, TrackingSettings, without_password
+from spepolicy.lane_choice import NO_LANES, ChosenLanes
 from spepolicy.policy_choice import BARE_METAL
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class SweepPlan:
     tracking: TrackingSettings
     stop: Stop
     sensitivity: tuple[str, ...] = ()  # cost constants to be moved
+    lanes: ChosenLanes = NO_LANES  # files of single lanes
     notes: tuple[str, ...] = ()
 
     def name(self) -> str:
@@ -130,6 +133,7 @@ class _Sweep:
         self.stored_at = time.monotonic()
         self.texts: dict[str, str] = {}  # configuration key -> JSON
         self.recorded: set[str] = set()  # configurations handed to the recorder
+        self.lane_files: dict[str, list[Path]] = {}  # of single lanes, by configuration key
         self.have: set[str] = set()  # lanes (their hashes) that are there, or that failed
         self.sensitivity = Sensitivity(plan.sensitivity, self.configurations.values()) if plan.sensitivity else None
 
@@ -301,15 +305,17 @@ class _Sweep:
 
         What fails here costs no row: it is told at the end.
         """
-        if self.recorder is None or self.recorder.error or (self.plan.stop.precision is not None and not whole):
+        if self.recorder is None or self.recorder.error:
             return
+        if (self.plan.stop.precision is not None or self.plan.lanes.any()) and not whole:
+            return  # its replicates, or the files of its lanes, are not all there before the end
         for key, configuration in self.configurations.items():
             if key in self.recorded or configuration.scenario_key not in scenarios or configuration.role == SENSITIVITY:
                 continue
             complete = self.collector.is_complete(key)
             if self.collector.count(key) and (complete or whole):
                 self.recorded.add(key)
-                self.recorder.add(self.collector.outcome(key), complete)
+                self.recorder.add(self.collector.outcome(key), complete, self.lane_files.get(key, ()))
 
     def _identified(self, rows: Rows) -> dict[str, Any]:
         """Return the columns of the store for *rows*: what identifies them, the numbers, where they come from."""
@@ -376,6 +382,7 @@ class _Sweep:
             pareto=pareto_front(outcomes.values()),
             verdicts=self.sensitivity.verdicts(self._outcomes()) if self.sensitivity else [],
         )
+        self._write_lanes()
         summary.files |= write_artifacts(summary)
         summary.seconds = time.perf_counter() - begin + compose_s
         if self.recorder is not None:
@@ -385,6 +392,14 @@ class _Sweep:
             summary.seconds = time.perf_counter() - begin + compose_s
             self._say_where(summary)
         return summary
+
+    def _write_lanes(self) -> None:
+        for key, configuration in self.configurations.items():
+            if self.plan.lanes.any() and configuration.role != SENSITIVITY:
+                files = write_lane_files(self.plan.lanes, configuration, self.collector, self.plan.folder, self.say)
+                self.lane_files[key] = files
+        if count := sum(map(len, self.lane_files.values())):
+            self.say(f"{count:,} files of single lanes are in {self.plan.folder / 'lanes'}")
 
     def _say_where(self, summary: SweepSummary) -> None:
         """Write what became of tracking: the one file that cannot be tracked itself."""
@@ -477,5 +492,6 @@ def plan_sweep(jobs: list[Job], failures: list[Failure], folder: Path) -> SweepP
             int(checked(stop["maximum"], root["maximum"], "stop.maximum")),
         ),
         sensitivity=tuple(cost_names(settings["sensitivity"])),
+        lanes=jobs[0].options.lanes,
         notes=tuple(notes),
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spepolicy.errors import OutputError
@@ -54,10 +56,10 @@ class Recorder:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def add(self, outcome: Outcome, complete: bool = True) -> None:
-        """Have the run of one configuration written."""
+    def add(self, outcome: Outcome, complete: bool = True, files: Sequence[Path] = ()) -> None:
+        """Have the run of one configuration written, with *files* as further artifacts."""
         if not self.error:
-            self._queue.put(self._record(outcome, complete))
+            self._queue.put(self._record(outcome, complete, files))
 
     def finish(self, summary: SweepSummary) -> Tracked | None:
         """Write the summary run and wait until all is written; return where, or None if it failed (see `error`)."""
@@ -98,7 +100,7 @@ class Recorder:
             "mlflow.source.type": "LOCAL",
         }
 
-    def _record(self, outcome: Outcome, complete: bool) -> RunRecord:
+    def _record(self, outcome: Outcome, complete: bool, files: Sequence[Path] = ()) -> RunRecord:
         configuration = outcome.configuration
         metrics = {name: outcome.values[name] for name in TRACKED_METRICS if name in outcome.values}
         metrics |= {f"ci95/{name}": outcome.ci95[name] for name in WITH_INTERVAL if name in outcome.ci95}
@@ -119,7 +121,7 @@ class Recorder:
             params={"policy": configuration.policy.name, **configuration.params},
             metrics={name: float(value) for name, value in metrics.items()},
             series=series,
-            files=self._errata_page(outcome),
+            files=[*self._errata_page(outcome), *map(str, files)],
             dataset=self._workload(configuration.scenario.workload),
             status="FINISHED" if complete else "KILLED",
             start_ms=self._start_ms,

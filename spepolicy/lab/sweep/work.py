@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spepolicy.drivers.result import Result
     from spepolicy.drivers.simulate import Machines, Piece, Runner
 
-__all__ = ["SERIES_BINS", "Part", "Rows", "Task", "run_task", "start_tasks", "stop_tasks"]
+__all__ = ["SERIES_BINS", "Part", "Rows", "Task", "judged", "run_task", "start_tasks", "stop_tasks"]
 
 SERIES_BINS = 60  # of blackout over time; MLflow's charts stay quick up to 100
 Columns = dict[str, NDArray[Any]]
@@ -106,7 +106,7 @@ def run_task(task: Task, where: str = "") -> Rows:
         for part, result in parts:
             if result.finished.all():
                 rows.parts.append(part)
-                tables.append(_judged(result))
+                tables.append(judged(result))
             else:
                 rows.unfinished += len(result.finished)
     if tables:
@@ -185,7 +185,7 @@ def _simulated(runner: Runner, parts: Sequence[Part]) -> list[tuple[Part, Result
 # ---- judging ---------------------------------------------------------------------------------------------------------
 
 
-def _judged(result: Result) -> Columns:
+def judged(result: Result) -> Columns:
     """Return the columns of the lanes of *result*: exact counts, metrics, observations, and blackout over time.
 
     What compares a lane with another (excess over bare metal) is left to whoever has both.
