@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spepolicy.arch.registers import PMSCR_E1SPE
 from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, hookimpl
 
-from .pinning import CLAIMS_DOC, TABLES_DOC, claim
+from .pinning import CLAIMS_DOC, TABLES_DOC, claim, still_enabled
 
 
 @dataclass
@@ -18,7 +19,8 @@ class BestEffortPin:
 
     Mechanism: (1) PMB* and PMS* trap. (2) At the write that enables profiling at EL1 KVM walks and pins the buffer
     within RLIMIT_MEMLOCK. (3) If it cannot, the guest runs on without pins: the device is marked, nothing is told.
-    (4) A stage 2 fault is told as an error with DL, so that the perf session fails and the VM does not.
+    (4) A stage 2 fault is told as an error with DL, so that the perf session fails and the VM does not. (5) On the
+    target of a migration (2) is done for what is enabled, before the guest runs: KVM_SET_ONE_REG is a write, too.
     Source: W. Deacon, 19 Apr 2022 (kvm.md P3c); "keeps the pieces".
     Needs: a software walk of stage 1.
     Costs: as eager_pin, bounded by the limit.
@@ -42,6 +44,12 @@ class BestEffortPin:
         pinned.ok.unpin_previous()
         for batch, mark in ((pinned.ok, 0), (pinned.over_limit, 1), (pinned.no_page, 1)):
             batch.state["unpinned"] = mark
+
+    @hookimpl
+    def migration_finished(self, vcpus: Vcpus) -> None:
+        again = still_enabled(vcpus.where(vcpus.pmscr & PMSCR_E1SPE != 0))
+        again.unpin()
+        self.profiling_enabled(again)
 
     @hookimpl
     def vm_destroyed(self, vms: Vms) -> None:

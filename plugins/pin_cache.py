@@ -12,7 +12,7 @@ from spepolicy.batch import Vcpus, Vms
 from spepolicy.hookspecs import Cause, Event, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
-from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, keep, pin_buffer
+from .pinning import CLAIMS_DOC, NOTIFIERS, NOTIFIERS_DOC, TABLES_DOC, claim, keep, pin_buffer, still_enabled
 
 PAGE = np.uint64(0x1000)
 
@@ -27,6 +27,8 @@ class PinCache:
     happens at once. release says when pins go: at need, that is when a pin hits the memlock limit, from the VM's other
     vCPUs that do not profile; by timer, some time after the buffer was disabled; by ageing, if two ticks passed without
     an enable. (4) A stage 2 fault with DL=0 is taken for a stale pin: the buffer is pinned anew.
+    (5) The target of a migration begins with an empty cache: a buffer that is enabled is pinned there before the guest
+    runs, as KVM_SET_ONE_REG enables it; others when they are enabled next.
     Source: J. Clark, 9 Jan 2026, and A. Elisei, 12 Jan 2026 (kvm.md P9a to P9d); keyed by range since Linux programs
     another PTR and LIMIT at each start.
     Needs: a software walk of stage 1, a notifier change; a timer for two of the releases.
@@ -104,6 +106,10 @@ class PinCache:
             short.unpin()
             short.release_idle_pins()
             pin_buffer(short, self.pin_stage1_tables)
+
+    @hookimpl
+    def migration_finished(self, vcpus: Vcpus) -> None:
+        self.buffer_enabled(still_enabled(vcpus))  # a hit where the migration was given up and pins are held
 
     @hookimpl
     def buffer_disabled(self, vcpus: Vcpus) -> None:

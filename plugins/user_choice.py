@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spepolicy.batch import Vcpus, Vms
-from spepolicy.hookspecs import Trap, doc, hookimpl
+from spepolicy.hookspecs import Platform, Trap, doc, hookimpl
 from spepolicy.machine.hostops import Notifier
 
 from .best_effort_pin import BestEffortPin
@@ -40,6 +40,10 @@ class UserChoice:
         return {"cheap_fast": BestEffortPin, "fast_reliable": PinVm, "cheap_reliable": PinWhileEnabled}[self.want]()
 
     @hookimpl
+    def supports(self, platform: Platform) -> str | None:
+        return None if isinstance(self._chosen, BestEffortPin) else self._chosen.supports(platform)
+
+    @hookimpl
     def traps(self) -> Trap:
         return self._chosen.traps()
 
@@ -71,7 +75,7 @@ class UserChoice:
     def migration_finished(self, vms: Vms, vcpus: Vcpus) -> None:
         if isinstance(self._chosen, PinVm):
             self._chosen.migration_finished(vms)
-        elif isinstance(self._chosen, PinWhileEnabled):
+        else:
             self._chosen.migration_finished(vcpus)
 
     @hookimpl
