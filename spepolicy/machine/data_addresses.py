@@ -1,11 +1,10 @@
-"""Which data a sampled load or store accesses: a virtual address for the event log.
+"""Which data a sampled load or store accesses, where the workload knows: a virtual address for readers of the log.
 
-No rule of the machine depends on it, so nothing here is compiled and nothing of it is in the machine's tables: the log
-keeps random bits for each sampled access (`spepolicy.machine.trace`), and readers of the log turn them into an address.
-
-A workload that was recorded or captured knows the addresses of each of its functions as *extents*, runs of memory with
-a share of the accesses each; see `spepolicy.workload_data`. For others the address says no more than the level that
-served the access: it lies somewhere in as many bytes as fit that cache.
+No rule of the machine depends on it, so nothing here is compiled and nothing of it is in the machine's tables. The
+machine logs a made-up address, which says no more than the level that served the access (`spepolicy.machine.trace`). A
+workload that was recorded or captured knows the addresses of each of its functions as *extents*, runs of memory with a
+share of the accesses each (`spepolicy.workload_data`). Readers of the log draw one of them: by a hash of what the log
+has of the sample, so that a lane gives the same address whenever it is read.
 """
 
 from __future__ import annotations
@@ -15,22 +14,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DATA_BITS", "KINDS", "SHARE_BITS", "DataAddresses", "Region", "data_addresses"]
+from spepolicy.machine.draw import draws
+
+__all__ = ["KINDS", "SHARE_BITS", "DataAddresses", "Region", "data_addresses"]
 
 KINDS = ("load", "load_miss", "store", "store_miss")
 """Accesses that are told apart: loads (and atomics) and stores, each in the L1 cache or beyond."""
 
-DATA_BITS = 53  # random bits of an access in the log
-SHARE_BITS = 24  # of which so many choose the extent, the low ones
-_PLACE_BITS = DATA_BITS - SHARE_BITS
-
-# Bytes that accesses of one level range over: the cache that serves them, or memory (an assumption; Neoverse N1 has
-# 64 KiB, 1 MiB, and a system level cache of tens of MiB).
-_REACH_L1, _REACH_L2, _REACH_LLC, _REACH_DRAM = (1 << bits for bits in (16, 20, 24, 30))
-_L1D_REFILL, _LLC_ACCESS, _LLC_MISS = 1 << 3, 1 << 8, 1 << 9
+SHARE_BITS = 24  # of the random bits choose the extent
+_PLACE_BITS = 29  # of them, the place in it: places are below 2**34, and the product below 2**63
+_L1D_REFILL = 1 << 3
 _STORE_ONLY = 4  # OpType of a store that is no atomic
-_USER_DATA = 0x0000_AAAB_0000_0000
-_KERNEL_DATA = 0xFFFF_8000_0000_0000
 
 
 class Region(NamedTuple):
@@ -55,35 +49,29 @@ class DataAddresses(NamedTuple):
 
 
 def data_addresses(
-    bits: NDArray[np.uint64],
+    logged: NDArray[np.uint64],
+    at_ps: NDArray[np.int64],
     kind: NDArray[np.integer],
     events: NDArray[np.uint64],
-    level: NDArray[np.integer],
     function: NDArray[np.integer],
-    known: DataAddresses | None,
+    known: DataAddresses,
 ) -> NDArray[np.uint64]:
-    """Return the VA of each of n loads and stores.
+    """Return the VA of each of n loads and stores: *logged* for those of which nothing is known.
 
-    :param bits: `DATA_BITS` random ones of each access.
+    :param logged: the address that the machine drew.
+    :param at_ps: guest time of the selection.
     :param kind: machine.scenario.OpType.
     :param events: Events packet.
-    :param level: exception level, 0 or 1.
     :param function: index of Workload.function_names.
     """
+    addresses = logged.copy()
     refill = events & np.uint64(_L1D_REFILL) != 0
-    reach = np.select(
-        [events & np.uint64(_LLC_MISS) != 0, events & np.uint64(_LLC_ACCESS) != 0, refill],
-        [_REACH_DRAM, _REACH_LLC, _REACH_L2],
-        _REACH_L1,
-    ).astype(np.uint64)
-    base = np.where(level == 1, np.uint64(_KERNEL_DATA), np.uint64(_USER_DATA))
-    addresses: NDArray[np.uint64] = base + (bits & (reach - np.uint64(8)))
-    if known is None or not len(known.below):
-        return addresses
     lists = known.list_of[function, 2 * (kind == _STORE_ONLY) + refill]
     chosen = lists >= 0
-    share = (bits[chosen] & np.uint64((1 << SHARE_BITS) - 1)).astype(np.int64)
+    bits = draws(logged[chosen], at_ps[chosen])
+    share = (bits & np.uint64((1 << SHARE_BITS) - 1)).astype(np.int64)
     extent = np.searchsorted(known.below, (lists[chosen] << SHARE_BITS) + share, side="right")
-    place = (bits[chosen] >> np.uint64(SHARE_BITS)) * known.places[extent].astype(np.uint64) >> np.uint64(_PLACE_BITS)
+    fraction = bits >> np.uint64(SHARE_BITS) & np.uint64((1 << _PLACE_BITS) - 1)
+    place = fraction * known.places[extent].astype(np.uint64) >> np.uint64(_PLACE_BITS)
     addresses[chosen] = known.begin[extent] + place * known.step[extent]
     return addresses

@@ -40,6 +40,15 @@ def draw(key: int, counter: int) -> int:
     return widen(x >> _S1)
 
 
+def draws(key: NDArray[np.uint64], counter: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Return what `draw` returns for each of n keys and counters, outside of the machine."""
+    x = key + counter.astype(np.uint64) * _GAMMA
+    x = (x ^ (x >> _S30)) * _MIX1
+    x = (x ^ (x >> _S27)) * _MIX2
+    x ^= x >> _S31
+    return np.asarray(x >> _S1)
+
+
 @jit
 def scaled_exponential(table: NDArray[np.int64], bits: int, mean: int) -> int:
     """Return an exponential draw with the given mean (>= 0, below 2**42) from 63 random bits.

@@ -46,7 +46,7 @@ class LogKind(IntEnum):
     """What a row says. After the dash: `detail`; `a`; `b`. A field that is not named is 0."""
 
     # the SPU
-    SELECTED = 1  # a sample begins - outcome | level << 16 | task << 17; offset in the function; see `_whereto`
+    SELECTED = 1  # a sample begins - outcome | level << 16 | task << 17; offset in the function; see `_address`
     COLLIDED = 2  # a selection was dropped, for another operation is in flight
     FILTERED = 3  # the operation in flight is done, and a filter rejected it
     WRITTEN = 4  # it is done, its record is in the buffer - bytes; VA of the first; latencies: see `latencies`
@@ -133,7 +133,13 @@ ZERO, ONE, TWO, _HOST = (_constant(n) for n in (0, 1, 2, HOST))
 # each is given 256 instructions, of which every eighth is of one type, so that an address always has the same type.
 FUNCTION_BYTES = 1024
 _TYPES = 8
-_TLB_WALK = 1 << 5  # of the Events packet
+
+# Bytes that accesses of one level range over: the cache that serves them, or memory (an assumption; Neoverse N1 has
+# 64 KiB, 1 MiB, and a system level cache of tens of MiB).
+_REACH_L1, _REACH_L2, _REACH_LLC, _REACH_DRAM = (1 << bits for bits in (16, 20, 24, 30))
+_L1D_REFILL, _TLB_WALK, _LLC_ACCESS, _LLC_MISS = 1 << 3, 1 << 5, 1 << 8, 1 << 9
+_USER_DATA = 0x0000_AAAB_0000_0000
+_KERNEL_DATA = -(1 << 47)  # 0xffff_8000_0000_0000
 
 
 @jit
@@ -205,20 +211,29 @@ def log_selection(m: Machine, i: int, k: int, at_ps: int, outcome: int, counter:
     # The product of two uniform numbers: some instructions of a function are hot, most are not.
     slot = ((bits & 31) * ((bits >> 5) & 31)) >> 5
     offset = (slot * _TYPES + kind) * 4
-    target = _whereto(bits >> 10, kind)
+    target = _address(bits >> 10, kind, outcome_events(m)[outcome], v.level)
     _append(m, i, at_ps + v.host_ps, at_ps, k, SELECTED, outcome | (v.level << 16) | (v.task << 17), offset, target)
 
 
 @jit
-def _whereto(bits: int, kind: int) -> int:
-    """Return the offset in its function that a branch goes to; of a load or store the random bits that
-    `spepolicy.machine.data_addresses` makes its VA from; else 0.
+def _address(bits: int, kind: int, events: int, level: int) -> int:
+    """Return the VA that a load or store accesses, or the offset in its function that a branch goes to; else 0.
+
+    Where the workload knows the addresses of its data, `samples` draws the VA anew (see `machine.data_addresses`).
     """
     if kind & 1 != 0:
         return (bits & 0xFF) << 2
     if kind == 0:
         return ZERO
-    return bits
+    reach = _REACH_L1
+    if events & _LLC_MISS != 0:
+        reach = _REACH_DRAM
+    elif events & _LLC_ACCESS != 0:
+        reach = _REACH_LLC
+    elif events & _L1D_REFILL != 0:
+        reach = _REACH_L2
+    base = _KERNEL_DATA if level == 1 else _USER_DATA
+    return base + (bits & (reach - 1) & ~7)
 
 
 @jit
@@ -291,12 +306,13 @@ def _samples_of(rows: NDArray[np.void], workload: Workload) -> NDArray[np.void]:
     out["type"] = workload.outcome_type[out["outcome"]]
     out["events"] = workload.outcome_events[out["outcome"]]
     out["offset"] = begun["a"]
-    memory = (out["type"] & 1 == 0) & (out["type"] != 0)
     out["address"] = begun["b"]
-    at = out[memory]
-    out["address"][memory] = data_addresses(
-        begun["b"][memory], at["type"], at["events"], at["level"], at["function"], workload.data
-    )
+    if workload.data is not None:
+        memory = (out["type"] & 1 == 0) & (out["type"] != 0)
+        at = out[memory]
+        out["address"][memory] = data_addresses(
+            at["address"], at["guest_ps"], at["type"], at["events"], at["function"], workload.data
+        )
     out["done_ps"] = -1
     done = out[: len(ends)]
     done["done_ps"], done["fate"], done["pointer"] = ends["guest_ps"], ends["kind"], ends["a"]

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spepolicy.machine.draw import EXPONENTIAL_BITS, EXPONENTIAL_SHIFT, exponential_table, stream_key
+from spepolicy.machine.draw import EXPONENTIAL_BITS, EXPONENTIAL_SHIFT, draws, exponential_table, stream_key
 
 from .interpreted import module
 
@@ -104,3 +104,10 @@ def test_neighbouring_streams_are_not_correlated() -> None:
     expected = 4000 / 256
     chi_square = ((table - expected) ** 2 / expected).sum()
     assert chi_square < 255 + 5 * (2 * 255) ** 0.5
+
+
+@given(st.lists(st.tuples(keys, st.integers(0, (1 << 63) - 1)), min_size=1, max_size=20))
+def test_many_draws_outside_of_the_machine_are_those_of_the_machine(pairs: list[tuple[np.int64, int]]) -> None:
+    key = np.array([pair[0] for pair in pairs], np.int64).astype(np.uint64)
+    counter = np.array([pair[1] for pair in pairs], np.int64)
+    assert draws(key, counter).tolist() == [draw(*pair) for pair in pairs]

@@ -11,11 +11,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from spepolicy.description import Node
 from spepolicy.errors import ConfigurationError
-from spepolicy.machine.data_addresses import DATA_BITS, KINDS, DataAddresses, data_addresses
+from spepolicy.machine.data_addresses import KINDS, DataAddresses, data_addresses
 from spepolicy.machine.scenario import OpType
 from spepolicy.workload import Events, build_workload
 from spepolicy.workload_data import MOST_EXTENTS, build_data, describe_data, extents_of
@@ -24,14 +23,15 @@ HEAP, STACK = 0x55_0000_0000, 0x7F_FFFF_0000
 SHIPPED = Path(__file__).resolve().parents[2] / "conf" / "workload"
 
 
-def bits(count: int, seed: int = 1) -> NDArray[np.uint64]:
-    return np.random.default_rng(seed).integers(0, 1 << DATA_BITS, count, np.uint64)
+LOGGED = 0xAAAB_0000_0000  # the lane's own draw, of which there are few
 
 
-def drawn(known: DataAddresses | None, kind: OpType, events: int, count: int = 50_000, level: int = 0) -> Any:
-    """Addresses of *count* accesses of function 0."""
-    same = np.full(count, 1, np.uint64)
-    where = data_addresses(bits(count), same * int(kind), same * np.uint64(events), same * level, same * 0, known)
+def drawn(known: DataAddresses, kind: OpType, events: int, count: int = 50_000) -> Any:
+    """Addresses of *count* accesses of function 0, of which the log has one every 1,234 ps."""
+    same = np.ones(count, np.uint64)
+    logged = LOGGED + 8 * np.random.default_rng(1).integers(0, 1 << 13, count, np.uint64)
+    at_ps = 1234 * np.arange(count)
+    where = data_addresses(logged, at_ps, same * int(kind), same * np.uint64(events), same * 0, known)
     return where.astype(np.int64)
 
 
@@ -105,10 +105,10 @@ def test_shares_and_places_are_as_written() -> None:
     assert set(drawn(known, OpType.STORE, Events.L1D_REFILL)) == {STACK + 64}
 
 
-def test_without_extents_the_level_says_how_far_addresses_range() -> None:
-    hit, missed = (drawn(None, OpType.LOAD, events) for events in (Events.L1D_ACCESS, Events.L1D_REFILL))
-    assert np.ptp(hit) < 1 << 16 < np.ptp(missed) < 1 << 20
-    assert (drawn(None, OpType.LOAD, Events.L1D_ACCESS, level=1) < 0).all()  # the upper half: the kernel's
+def test_a_function_of_which_nothing_is_known_keeps_the_address_of_the_log() -> None:
+    known = build_data(Node({"functions": {"g": {"load": "0x5500+64/8 1"}}}, "data", "test"), ("f", "g"))
+    where = drawn(known, OpType.LOAD, Events.L1D_ACCESS)
+    assert ((where >= LOGGED) & (where < LOGGED + (1 << 16))).all()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from spepolicy.lab.run import CHOSEN
 from spepolicy.lab.sweep.work import judged
 
 if TYPE_CHECKING:
-    from spepolicy.drivers.simulate import LaneLog
+    from spepolicy.drivers.result import LaneLog
     from spepolicy.lab.sweep.collect import Collector
     from spepolicy.lab.sweep.jobs import Configuration
     from spepolicy.lane_choice import ChosenLanes
