@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from . import mutants as it
+from .table import COLUMNS, OUTCOMES, PAGE, RESULTS, figures, key_of, known, refreshed
 
+# So many of the sample may be of an older source before the table has to be made anew.
+STALE = 30
 FILES = ("spepolicy/machine/pick.py", "spepolicy/mmu/refused.py", "spepolicy/judge/records.py")
 
 
@@ -72,3 +75,28 @@ def test_a_function_that_moves_to_another_file_of_its_package_keeps_its_mutants(
     (tmp_path / "p/a.py").write_text(body)
     keys = [mutant.key for mutant in it.every_mutant()]
     assert len(set(keys)) == len(keys) == 2 * len(before), "two functions of one name are told apart"
+
+
+ROWS = known(RESULTS)
+
+
+def test_the_table_of_results_is_of_the_sample() -> None:
+    """Nearly all of it: a change of the source takes mutants out of the sample, and the next run tries others."""
+    assert all(len(row) == len(COLUMNS) and row[0] in OUTCOMES for row in ROWS.values())
+    today = {key_of(mutant) for mutant in it.sample()}
+    assert len(ROWS) == it.SAMPLE == len(today)
+    gone = [row[:7] for key, row in ROWS.items() if key not in today]
+    assert len(gone) <= STALE, gone
+
+
+def test_nine_of_ten_are_caught() -> None:
+    caught = sum(row[0] == "caught" for row in ROWS.values())
+    assert caught >= 0.9 * len(ROWS)
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    """The figures, and each mutant that was not caught with its reason: `python -m tests.mutation.table`."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == refreshed(page, list(ROWS.values()))
+    assert figures(list(ROWS.values())) in page
+    assert all(row[1] for row in ROWS.values()), "a test that caught it, or the reason why none did"
