@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.archive import read_arrays
 from spepolicy.errors import ConfigurationError, OutputError
 from spepolicy.explore.acts import event_name
 from spepolicy.explore.bench import Model
@@ -75,14 +76,13 @@ def save(path: Path, mark: str, arrays: dict[str, Ints], waiting: Frontier, done
 def load(path: Path, mark: str) -> tuple[dict[str, Ints], Block | None, Block | None, dict[str, Any]]:
     """Return (arrays, waiting, following, about) of a checkpoint of the model that *mark* stands for."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+        content = read_arrays(path)
+        about = json.loads(content.pop("about").tobytes())
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(
             f"explore.resume: '{path}' cannot be read: {error}. Rule: the folder of an exploration that a bound ended."
         ) from error
-    about = json.loads(content.pop("about").tobytes())
-    if about["mark"] != mark:
+    if not isinstance(about, dict) or about.get("mark") != mark:
         raise ConfigurationError(
             f"explore.resume: '{path}' is of another policy, configuration or version. Rule: only bounds (max_states, "
             "max_depth, max_time, frontier_memory) may differ. Remedy: give the same settings."

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spepolicy.archive import read_arrays
 from spepolicy.errors import OutputError, RecordingError
 from spepolicy.recording.lines import damaged
 from spepolicy.recording.model import Recording
@@ -76,17 +75,11 @@ def load(path: str | Path) -> Recording:
     """Read a recording that `save` wrote. Raise RecordingError if *path* is anything else, or damaged."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise damaged(path, 0, "a single array", _EXPECTED, _REMEDY)
-            arrays = {name: content[name] for name in content.files if name in _ARRAYS or name == "meta"}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-                raise damaged(path, 0, "a zip archive of something else", _EXPECTED, _REMEDY)
+        arrays = read_arrays(path, (*_ARRAYS, "meta"))
     except OSError as error:
         raise damaged(path, 0, f"cannot be read: {error.strerror or error}", _EXPECTED, "Check the path.") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise damaged(path, 0, f"damaged, or no .npz file ({error})", _EXPECTED, _REMEDY) from error
+    except ValueError as error:
+        raise damaged(path, 0, str(error), _EXPECTED, _REMEDY) from error
     meta = _read_meta(path, arrays)
     steps = _read_arrays(path, arrays)
     first = np.cumsum(steps["first_step"], dtype=np.int64)

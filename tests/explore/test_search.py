@@ -102,6 +102,10 @@ def test_a_search_is_resumed_only_by_its_own_model(tmp_path: Path) -> None:
         search(model_of("eager_pin"), Bounds(max_depth=4), resume_from=path)
     with pytest.raises(ConfigurationError, match="cannot be read"):
         search(busy(), Bounds(max_depth=4), resume_from=tmp_path / "nothing.npz")
+    for damaged in (b"", path.read_bytes()[:1000], b"PK\x05\x06" + bytes(18)):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            search(busy(), Bounds(max_depth=4), resume_from=path)
 
 
 def test_a_model_without_anything_left_is_complete() -> None:

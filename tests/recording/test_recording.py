@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import re
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -628,6 +630,37 @@ def test_files_that_are_no_compact_recording(content: bytes | str, tmp_path: Pat
     else:
         assert isinstance(content, bytes)
         path.write_bytes(content)
+    with pytest.raises(RecordingError, match=r"a\.npz: .*Expected a recording of format version 1"):
+        load(path)
+
+
+def _npy(header: str) -> bytes:
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def _archive(member: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("op.npy", member)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _archive(_npy("{'descr': '<i8', 'fortran_order': False, 'shape': ((")),
+        _archive(_npy("{'descr': '<i8', 'fortran_order': False, 'shape': (1 2)}")),
+        _archive(_npy(f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({1 << 80},)}}")),
+        _archive(_npy(f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({1 << 50},)}}")),
+        _archive(b"no array at all"),
+        _archive(b"").replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"),
+    ],
+    ids=["tokens", "syntax", "overflow", "memory", "bytes", "encrypted"],
+)
+def test_archives_that_were_made_to_break_the_reader(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
     with pytest.raises(RecordingError, match=r"a\.npz: .*Expected a recording of format version 1"):
         load(path)
 
