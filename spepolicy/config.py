@@ -211,7 +211,7 @@ def _cpu(values: Mapping[str, Any]) -> Cpu:
             f"cpu.counter_bits={cpu.counter_bits}: PMSIDR_EL1.CountSize knows 12 and 16 only (spe.md 1.5). "
             "Set cpu.counter_bits=12 or cpu.counter_bits=16."
         )
-    if cpu.spe_version >= 4 and not cpu.hardware_access_flag:
+    if VERSIONS[cpu.spe_version].access_flag_required and not cpu.hardware_access_flag:
         raise ConfigurationError(
             f"cpu.hardware_access_flag=false: not permitted with cpu.spe_version={cpu.spe_version}; from SPEv1p3 (4) "
             "on the SPU manages the access flag like any access (spe.md 1.9). Set cpu.hardware_access_flag=true, or "

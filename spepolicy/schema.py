@@ -229,7 +229,7 @@ class ActSettings:
 class GuestSettings:
     """The guest: its memory, and how its perf uses SPE."""
 
-    vcpus: int = _count("virtual CPUs", 1, 64, "vcpus", "DESIGN 2")
+    vcpus: int = _count("virtual CPUs", 1, 64, "vcpus", "a limit of the lab")
     memory: str = _size("guest RAM", "16MiB", "16GiB", "ram_pages", per=PAGE_BYTES, power_of_two=True)
     memory_base: str = _size(
         "IPA of guest RAM", "0B", "512GiB", "ram_base", "QEMU and kvmtool: 1GiB and 2GiB", multiple_of="2MiB"
@@ -310,7 +310,7 @@ class KvmSettings:
     )  # fmt: skip
     bug: str = _choice(
         "a bug of KVM to inject: can it be told from a legitimate fault?",
-        ("none", "skip_page", "leak_pin", "missed_notifier"), "bug", "DESIGN 3",
+        ("none", "skip_page", "leak_pin", "missed_notifier"), "bug", "kvm.md 4.5",
     )  # fmt: skip
     bug_rate: float = _field(
         Setting("chance a page that the bug strikes, when it is pinned, unpinned or unmapped", Kind.NUMBER, 0, 1,
@@ -497,7 +497,7 @@ class OutputSettings:
     lanes: list[str] = _names("lanes to write: REPLICATE, or POLICY:REPLICATE", source="")  # noqa: RUF009 - as above
 
 
-_ORDER = "DESIGN 2; each more multiplies the states"
+_ORDER = "a limit of the lab; each more multiplies the states"
 
 
 @dataclass
@@ -579,7 +579,7 @@ class Root:
     policy: Any = MISSING
     seed: int = _count("seed of all random draws", 0, 2**63 - 1, "seed")
     replicates: int = _count("VMs simulated per policy, each with draws of its own", 1, 1_000_000, "")
-    duration: str = _duration("guest time that each vCPU executes", "1us", "1000s", "duration_ps", "DESIGN 2")
+    duration: str = _duration("guest time that each vCPU executes", "1us", "1000s", "duration_ps", "a limit of the lab")
     baselines: list[str] = _names("policies to compare with; bare_metal always is")  # noqa: RUF009 - as above
     threads: int | None = _field(
         Setting("threads that share the lanes; null: one per processor", Kind.COUNT, 1, 1024), None

@@ -45,5 +45,5 @@ def forgotten_pins(findings: Findings) -> Erratum | None:
         severity="high",
         blame="kvm",
         workaround="Count pins against unpins, and warn when a VM goes with a difference.",
-        source="DESIGN 3; M. Zyngier, 15 Feb 2022 (kvm.md H11)",
+        source="M. Zyngier, 15 Feb 2022 (kvm.md H11)",
     )

@@ -170,10 +170,6 @@ def _signed(mask: int) -> int:
 
 PMSCR_E0SPE = _bit("PMSCR_EL1", "E0SPE")
 PMSCR_E1SPE = _bit("PMSCR_EL1", "E1SPE")
-PMSCR_CX = _bit("PMSCR_EL1", "CX")
-PMSCR_PA = _bit("PMSCR_EL1", "PA")
-PMSCR_TS = _bit("PMSCR_EL1", "TS")
-PMSCR_PCT_PHYSICAL = REGISTERS["PMSCR_EL1"].pack(PCT=1)
 
 PMSFCR_FE = _bit("PMSFCR_EL1", "FE")
 PMSFCR_FT = _bit("PMSFCR_EL1", "FT")
@@ -202,7 +198,6 @@ PMBSR_MSS = _bit("PMBSR_EL1", "MSS")
 
 # PMBSR_EL1.EC (spe.md 1.8)
 EC_OTHER = 0x00
-EC_GPC = 0x1E
 EC_IMPDEF = 0x1F
 EC_STAGE1 = 0x24
 EC_STAGE2 = 0x25

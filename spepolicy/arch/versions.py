@@ -85,12 +85,9 @@ class Version:
 
     name: str
     value: int  # ID_AA64DFR0_EL1.PMSVer
-    optional_from: str  # architecture version
-    required_from: str  # if SPE is implemented at all
     features: Feature  # implied
     aborts: AbortReport  # ways of which the implementation chooses
     access_flag_required: bool  # PMBIDR_EL1.F=0 is not permitted
-    abort_described: bool  # PMBIDR_EL1.EA=0 is not permitted
     late_faults: bool  # MMU and alignment faults may be reported after further operations were sampled (rule 40)
 
     @property
@@ -112,12 +109,12 @@ _V5 = _V4 | Feature.V1P5 | Feature.CRR | Feature.EXC | Feature.NVM | Feature.EFT
 VERSIONS: dict[int, Version] = {
     version.value: version
     for version in (
-        Version("SPE", 1, "8.1", "", _V0, _ANY, False, False, False),
-        Version("SPEv1p1", 2, "8.2", "8.5", _V1, _ANY, False, False, False),
-        Version("SPEv1p2", 3, "8.6", "8.7", _V2, _ANY, False, False, False),
-        Version("SPEv1p3", 4, "8.7", "8.8", _V3, _NOT_TO_SPU, True, True, False),
-        Version("SPEv1p4", 5, "8.8", "8.9", _V4, _NOT_TO_SPU, True, True, False),
-        Version("SPEv1p5", 6, "9.5", "9.6", _V5, _NOT_TO_SPU, True, True, True),
+        Version("SPE", 1, _V0, _ANY, False, False),
+        Version("SPEv1p1", 2, _V1, _ANY, False, False),
+        Version("SPEv1p2", 3, _V2, _ANY, False, False),
+        Version("SPEv1p3", 4, _V3, _NOT_TO_SPU, True, False),
+        Version("SPEv1p4", 5, _V4, _NOT_TO_SPU, True, False),
+        Version("SPEv1p5", 6, _V5, _NOT_TO_SPU, True, True),
     )
 }
 

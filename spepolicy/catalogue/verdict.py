@@ -27,7 +27,6 @@ class Seen:
     records: tuple[str, ...]
     guest: tuple[str, ...]
     errata: tuple[str, ...]
-    blackout_pct: float
 
 
 def observe(result: Result, virtualized: bool, manager: Any, hooks: tuple[str, ...]) -> Seen:
@@ -59,14 +58,12 @@ def observe(result: Result, virtualized: bool, manager: Any, hooks: tuple[str, .
     documented = errata_from(manager, "errata", notes)
     observed = merge_errata([], errata_from(manager, "report_errata", notes, findings=findings))
     errata = [*documented, *(erratum for erratum in observed if erratum.count)]
-    wanted = max(int(truth["wanted_ps"].sum()), 1)
     return Seen(
         blackout=tuple(cause.name.lower() for cause in causes),
         tells=tuple(name for name in EVENTS if truth[f"injected_{name}"].any()),
         records=tuple(name for name, there in records.items() if there),
         guest=tuple(name for name, there in guest.items() if there),
         errata=tuple(erratum.id for erratum in errata),
-        blackout_pct=100.0 * float(result.blackout_ps.sum()) / wanted,
     )
 
 

@@ -63,7 +63,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property(
         "no_blackout",
         "a lawful guest on a quiet host has no blackout that bare metal does not have",
-        "M. Rutland 25 Jul 2022, O. Upton 2 Aug 2022 (kvm.md G1, 1.2); DESIGN 5",
+        "M. Rutland 25 Jul 2022, O. Upton 2 Aug 2022 (kvm.md G1, 1.2)",
         (Kind.BLACKOUT, Kind.BLACKOUT_EDITED),
     ),
     Property(
@@ -81,7 +81,7 @@ PROPERTIES: tuple[Property, ...] = (
     Property(
         "no_bug_blackout",
         "a bug of KVM's pinning causes a lawful guest no blackout",
-        "A. Elisei 9 Aug and 12 Sep 2022 (kvm.md 4.5); DESIGN 3, KVM's own bugs",
+        "A. Elisei 9 Aug and 12 Sep 2022 (kvm.md 4.5)",
         (Kind.BLACKOUT_BUG,),
     ),
     Property(

@@ -96,7 +96,6 @@ class Outcome:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     bytes_per_state: float = 0.0
-    frontier_bytes_per_state: float = 0.0
     spilled_bytes: int = 0
 
 

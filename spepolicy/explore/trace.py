@@ -74,10 +74,6 @@ class Replay:
                 found.setdefault(name, number)
         return found
 
-    def ways(self) -> set[tuple[Kind, int]]:
-        """Return the kinds of violation of all steps, each with its detail."""
-        return {way for step in self.steps for way in zip(step.kinds, step.details, strict=True)}
-
 
 def replay(bench: Bench, events: Iterable[Event], cycle: int = 0) -> Replay:
     """Run *events* from the initial state in lane 0 of *bench*. An event that cannot happen is left out, and said to

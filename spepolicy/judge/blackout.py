@@ -1,6 +1,6 @@
 """Blackout, guest time in which profiling was wanted and the SPU did not sample: fractions, windows, what was missed.
 
-*wanted* and *blackout* are guest-executed time (DESIGN 5): while a vCPU is preempted, or its exit is handled, no guest
+*wanted* and *blackout* are guest-executed time: while a vCPU is preempted, or its exit is handled, no guest
 operation executes, so none can be missed.
 """
 

@@ -1,6 +1,6 @@
 """The laws that every lane obeys. A violation is a bug of the machine or the driver, never the user's fault.
 
-Records (DESIGN 5): every selected sample ends in exactly one place,
+Records: every selected sample ends in exactly one place,
 
     selected = collided + filtered + kept + sum(lost, by cause) + discarded + in_flight,
 

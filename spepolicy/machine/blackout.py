@@ -1,4 +1,4 @@
-"""Accounting of guest time: wanted, active, and blackout windows with their causes (DESIGN 5).
+"""Accounting of guest time: wanted, active, and blackout windows with their causes.
 
 *Wanted* is guest time in which a perf session is open for what executes and its exception level is selected. On an
 undisturbed machine that is exactly when the registers, as the guest wrote them, enable profiling. After an event

@@ -101,7 +101,7 @@ class IrqDelivery(IntEnum):
 
 
 class Bug(IntEnum):
-    """A bug of KVM, injected to see whether it can be told from a legitimate fault (DESIGN 3)."""
+    """A bug of KVM, injected to see whether it can be told from a legitimate fault."""
 
     NONE = 0
     SKIP_PAGE = 1  # a page is left out while its range is pinned and mapped; KVM's list says that it is in

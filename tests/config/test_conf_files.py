@@ -22,7 +22,7 @@ GROUP_FILES = [(group, name) for group in GROUPS if group not in ("policy", "exp
 NUMBER = re.compile(r":\s+(\d[\w.]*|0x[0-9A-Fa-f]+)\s*(?:#|$|,|\})")
 RANGE = re.compile(r"\.\.|power of two|\d or \d|0: (?:none|never|no )|by definition", re.IGNORECASE)
 SOURCE = re.compile(
-    r"assumption|source|data sheet|\.md|default|linux|kernel|QEMU|DESIGN|same seed|TRM|definition|synthetic",
+    r"assumption|source|data sheet|\.md|default|linux|kernel|QEMU|same seed|TRM|definition|synthetic",
     re.IGNORECASE,
 )
 

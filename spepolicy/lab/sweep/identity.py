@@ -1,6 +1,6 @@
 """What defines a result: a hash over the scenario, the policy, the seed, and the code that computed it.
 
-A lane is a function of these alone (DESIGN 2), so two rows of one hash are the same row, wherever and whenever they
+A lane is a function of these alone, so two rows of one hash are the same row, wherever and whenever they
 were computed, and a row that is there need not be computed again.
 """
 

@@ -1,7 +1,7 @@
 """What a sweep's rows allow to conclude: paired differences of policies, which of them nobody beats, when to stop.
 
 Policies on one scenario are compared lane by lane: lanes of one seed and replicate see the same guest and the same host
-events, so what they share drops out of the difference (DESIGN 2). Intervals and tests are scipy's, the Pareto front is
+events, so what they share drops out of the difference. Intervals and tests are scipy's, the Pareto front is
 paretoset's.
 """
 
