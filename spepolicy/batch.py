@@ -29,14 +29,14 @@ _live: dict[int, Any] = {}
 _tickets = count(1)
 
 
-class tools:
-    """Make the tools in *kit* available to batches that carry the ticket, while a hook runs."""
+class lent:
+    """Lend *tools* (`spepolicy.drivers.tools.Tools`) to batches that carry the ticket, while a hook runs."""
 
     __slots__ = ("_ticket",)
 
-    def __init__(self, kit: Any) -> None:
+    def __init__(self, tools: Any) -> None:
         self._ticket = next(_tickets)
-        _live[self._ticket] = kit
+        _live[self._ticket] = tools
 
     def __enter__(self) -> int:
         return self._ticket
@@ -45,7 +45,7 @@ class tools:
         del _live[self._ticket]
 
 
-def _kit(ticket: int) -> Any:
+def _tools(ticket: int) -> Any:
     try:
         return _live[ticket]
     except KeyError:
@@ -110,7 +110,7 @@ class Vcpus:
     # ---- what KVM can read ------------------------------------------------------------------------------------------
 
     def _register(self, name: str) -> Addresses:
-        return _kit(self._ticket).register(name, self._lanes, self._vcpus)  # type: ignore[no-any-return]
+        return _tools(self._ticket).register(name, self._lanes, self._vcpus)  # type: ignore[no-any-return]
 
     @property
     def pmbptr(self) -> Addresses:
@@ -158,7 +158,7 @@ class Vcpus:
     @property
     def announced_hi(self) -> Addresses:
         """End of the AUX ring that a paravirtual guest announced, uint64[n]."""
-        size: Addresses = (_kit(self._ticket).parameter("buffer_pages", self._lanes) << 12).astype(np.uint64)
+        size: Addresses = (_tools(self._ticket).parameter("buffer_pages", self._lanes) << 12).astype(np.uint64)
         return self.announced_lo + size
 
     @property
@@ -213,8 +213,8 @@ class Vcpus:
         high = _per_vcpu(hi, len(self), "walk_stage1(hi)", "integer").astype(np.uint64).view(np.int64)
         if not len(self):
             return WalkResult(self, _NOTHING)
-        kit = _kit(self._ticket)
-        return WalkResult(self, kit.walk_stage1(self._lanes, self._vcpus, low, high, pin_tables, one_range))
+        tools = _tools(self._ticket)
+        return WalkResult(self, tools.walk_stage1(self._lanes, self._vcpus, low, high, pin_tables, one_range))
 
     def list_physical(self, lo: ArrayLike, hi: ArrayLike) -> WalkResult:
         """List the pages of the intermediate physical ranges [lo, hi), uint64[n], as a walk would. Costs nothing: there
@@ -224,7 +224,7 @@ class Vcpus:
         high = _per_vcpu(hi, len(self), "list_physical(hi)", "integer").astype(np.uint64).view(np.int64)
         if not len(self):
             return WalkResult(self, _NOTHING)
-        return WalkResult(self, _kit(self._ticket).list_physical(self._lanes, self._vcpus, low, high))
+        return WalkResult(self, _tools(self._ticket).list_physical(self._lanes, self._vcpus, low, high))
 
     def look(self) -> Evidence:
         """Find out what KVM can know of the page behind a fault: one software walk of the faulting address, checked
@@ -232,12 +232,12 @@ class Vcpus:
         """
         if not len(self):
             return Evidence(_NOTHING)
-        return Evidence(_kit(self._ticket).look(self._lanes, self._vcpus))
+        return Evidence(_tools(self._ticket).look(self._lanes, self._vcpus))
 
     def unpin(self) -> None:
         """Unpin the pages that are pinned for these vCPUs. Their stage 2 entries stay until somebody removes them."""
         if len(self):
-            _kit(self._ticket).unpin_current(self._lanes, self._vcpus)
+            _tools(self._ticket).unpin_current(self._lanes, self._vcpus)
 
     def release_idle_pins(self) -> Ints:
         """Unpin the sets of the same VM's other vCPUs whose buffer is disabled. Return int64[n], pages released.
@@ -246,18 +246,18 @@ class Vcpus:
         """
         if not len(self):
             return _NOTHING
-        return _kit(self._ticket).release_idle(self._lanes, self._vcpus)  # type: ignore[no-any-return]
+        return _tools(self._ticket).release_idle(self._lanes, self._vcpus)  # type: ignore[no-any-return]
 
     def trap_eret(self, armed: bool) -> None:
         """Arm or disarm HFGITR_EL2.ERET: every return of these vCPUs to EL0 then calls `eret`. Needs FEAT_FGT."""
-        kit = _kit(self._ticket)
-        if armed and not kit.parameter("fine_grained_traps", self._lanes).all():
+        tools = _tools(self._ticket)
+        if armed and not tools.parameter("fine_grained_traps", self._lanes).all():
             raise HookError(
                 "trap_eret(True) on a machine without FEAT_FGT. Rule: HFGITR_EL2 is part of FEAT_FGT. Remedy: say so "
                 "in supports(), or set cpu.fine_grained_traps=true."
             )
         if len(self):
-            kit.trap_eret(self._lanes, self._vcpus, bool(armed))
+            tools.trap_eret(self._lanes, self._vcpus, bool(armed))
 
     def set_timer(self, delay_ns: ArrayLike | None) -> None:
         """Let `timer` be called once, *delay_ns* (int64[n] or integer, 0..2**41) of host time from now. None: never."""
@@ -267,68 +267,68 @@ class Vcpus:
         delay = delay.astype(np.int64)
         if delay_ns is not None and (delay.min() < 0 or delay.max() > 1 << 41):
             raise HookError(f"set_timer() was given {delay.min()}..{delay.max()}. Rule: 0..2**41 ns, or None.")
-        _kit(self._ticket).set_timer(self._lanes, self._vcpus, delay * (1 if delay_ns is None else 1000))
+        _tools(self._ticket).set_timer(self._lanes, self._vcpus, delay * (1 if delay_ns is None else 1000))
 
     def exit_to_vmm(self) -> None:
         """Return to the VMM, which does something about it and runs the vCPU again; costs `costs.vmm_exit`."""
         if len(self):
-            _kit(self._ticket).exit_to_vmm(self._lanes, self._vcpus)
+            _tools(self._ticket).exit_to_vmm(self._lanes, self._vcpus)
 
     def start_own_buffer(self, pages: int) -> None:
         """Let the SPU write to a buffer of KVM's, of 1..65536 pages a vCPU, as far as the guest's has room.
 
         `Ownership.KVM` only.
         """
-        kit = _owned(self, "start_own_buffer()")
+        tools = _owned(self, "start_own_buffer()")
         if isinstance(pages, bool) or not isinstance(pages, int) or not 1 <= pages <= 65536:
             raise HookError(f"start_own_buffer() was given {pages!r}. Rule: 1..65536 pages of 4 KiB.")
         if len(self):
-            kit.start_own_buffer(self._lanes, self._vcpus, pages)
+            tools.start_own_buffer(self._lanes, self._vcpus, pages)
 
     def copy_out(self) -> CopyResult:
         """Stop KVM's buffer and copy its records to the guest's, through the guest's stage 1; PMBPTR_EL1 as the guest
         reads it moves along. Costs `costs.walk_read` and `costs.copy_out_page` a page. `Ownership.KVM` only.
         """
-        kit = _owned(self, "copy_out()")
-        return CopyResult(self, kit.copy_out(self._lanes, self._vcpus, False) if len(self) else _NOTHING)
+        tools = _owned(self, "copy_out()")
+        return CopyResult(self, tools.copy_out(self._lanes, self._vcpus, False) if len(self) else _NOTHING)
 
     def defer_copy(self) -> CopyResult:
         """As `copy_out`, but take the guest's pages away at stage 2 and copy each when the guest's CPU reads it.
 
         Costs `costs.map_page` a page now; later `costs.cpu_fault` and `costs.copy_out_page` for a page that is read.
         """
-        kit = _owned(self, "defer_copy()")
-        return CopyResult(self, kit.copy_out(self._lanes, self._vcpus, True) if len(self) else _NOTHING)
+        tools = _owned(self, "defer_copy()")
+        return CopyResult(self, tools.copy_out(self._lanes, self._vcpus, True) if len(self) else _NOTHING)
 
     def report_collision(self) -> None:
         """Set PMBSR_EL1.COLL as the guest will read it: samples were dropped."""
         if len(self):
-            _kit(self._ticket).report_collision(self._lanes, self._vcpus)
+            _tools(self._ticket).report_collision(self._lanes, self._vcpus)
 
     def inject(self, event: Event, *, data_loss: bool = False) -> None:
         """Stop the SPU if it is not stopped, show *event* in PMBSR_EL1, with DL if *data_loss*, and raise PMBIRQ."""
         if not isinstance(event, Event):
             raise HookError(f"inject() was given {event!r}. Rule: a member of spepolicy.hookspecs.Event.")
         if len(self):
-            _kit(self._ticket).inject(self._lanes, self._vcpus, int(event), bool(data_loss))
+            _tools(self._ticket).inject(self._lanes, self._vcpus, int(event), bool(data_loss))
 
     def fail(self, failure: Failure) -> None:
         """Answer with *failure* instead of an event: the guest is told otherwise, or not at all, or is no more."""
         if not isinstance(failure, Failure):
             raise HookError(f"fail() was given {failure!r}. Rule: a member of spepolicy.hookspecs.Failure.")
         if len(self):
-            _kit(self._ticket).fail(self._lanes, self._vcpus, int(failure))
+            _tools(self._ticket).fail(self._lanes, self._vcpus, int(failure))
 
     def resume(self) -> None:
         """Clear PMBSR_EL1.S and let the SPU go on at the same PMBPTR_EL1."""
         if len(self):
-            _kit(self._ticket).resume(self._lanes, self._vcpus)
+            _tools(self._ticket).resume(self._lanes, self._vcpus)
 
     def claim(self, cause: Cause | ArrayLike) -> None:
         """Say what KVM believes to be the reason of the fault: a `Cause`, or integers [n] of it. For the judge only."""
         if isinstance(cause, Cause):
             if len(self):
-                _kit(self._ticket).claim(self._lanes, self._vcpus, int(cause))
+                _tools(self._ticket).claim(self._lanes, self._vcpus, int(cause))
             return
         causes = _per_vcpu(cause, len(self), "claim(cause)", "integer")
         if not len(self):
@@ -338,7 +338,7 @@ class Vcpus:
                 f"claim() was given {causes.min()}..{causes.max()}. "
                 f"Rule: spepolicy.hookspecs.Cause, 0..{len(Cause) - 1}."
             )
-        _kit(self._ticket).claim(self._lanes, self._vcpus, causes.astype(np.int64))
+        _tools(self._ticket).claim(self._lanes, self._vcpus, causes.astype(np.int64))
 
 
 def _with_status(batch: Vcpus, mixed: bool, status: Ints, wanted: int, kind: type[Vcpus]) -> Any:
@@ -354,13 +354,13 @@ def _with_status(batch: Vcpus, mixed: bool, status: Ints, wanted: int, kind: typ
 
 
 def _owned(batch: Vcpus, tool: str) -> Any:
-    kit = _kit(batch._ticket)
-    if not kit.parameter("own_buffer", batch._lanes).all():
+    tools = _tools(batch._ticket)
+    if not tools.parameter("own_buffer", batch._lanes).all():
         raise HookError(
             f"{tool} while the guest owns the buffer. Rule: it is for policies whose hook ownership() returns "
             "Ownership.KVM. Remedy: return that."
         )
-    return kit
+    return tools
 
 
 class Evidence:
@@ -439,11 +439,11 @@ class WalkedVcpus(Vcpus):
         """
         if not len(self):
             return PinResult(self, _NOTHING)
-        return PinResult(self, _kit(self._ticket).pin_fresh(self._lanes, self._vcpus, bool(ignore_limit)))
+        return PinResult(self, _tools(self._ticket).pin_fresh(self._lanes, self._vcpus, bool(ignore_limit)))
 
     def map(self) -> NDArray[np.bool_]:
         """Map these pages at stage 2 as an ordinary fault does, without a pin. Return bool[n]: it worked."""
-        failed: Ints = _kit(self._ticket).map_fresh(self._lanes, self._vcpus)
+        failed: Ints = _tools(self._ticket).map_fresh(self._lanes, self._vcpus)
         worked: NDArray[np.bool_] = failed == 0
         return worked
 
@@ -481,12 +481,12 @@ class PinnedVcpus(Vcpus):
     def unpin_previous(self) -> None:
         """Unpin the set before; the fresh one becomes the current one."""
         if len(self):
-            _kit(self._ticket).unpin_previous(self._lanes, self._vcpus)
+            _tools(self._ticket).unpin_previous(self._lanes, self._vcpus)
 
     def keep_previous(self) -> None:
         """Add the fresh pages to the current set instead: a cache grows. A set that cannot hold them is dropped."""
         if len(self):
-            _kit(self._ticket).keep_previous(self._lanes, self._vcpus)
+            _tools(self._ticket).keep_previous(self._lanes, self._vcpus)
 
 
 class Vms:
@@ -505,20 +505,20 @@ class Vms:
 
         *ignore_limit* stands for a VMM with CAP_IPC_LOCK, or one whose limit was raised to the size of the VM.
         """
-        return _kit(self._ticket).pin_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
+        return _tools(self._ticket).pin_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
 
     def mlock_all(self, *, ignore_limit: bool = False) -> Ints:
         """The VMM mlock()s all memory of each VM. Return int64[n] as `pin_all`. Nothing is mapped at stage 2."""
-        return _kit(self._ticket).mlock_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
+        return _tools(self._ticket).mlock_all(self._lanes, bool(ignore_limit))  # type: ignore[no-any-return]
 
     def map_all(self) -> Ints:
         """Map all memory of each VM at stage 2, without a pin. Return int64[n]: 0 done, 2 a page is missing."""
-        return _kit(self._ticket).map_all(self._lanes)  # type: ignore[no-any-return]
+        return _tools(self._ticket).map_all(self._lanes)  # type: ignore[no-any-return]
 
     def use_guest_memfd(self) -> None:
         """The VMM backs each VM by a guest_memfd: its pages neither move nor go, KVM follows no notifier for them."""
-        _kit(self._ticket).use_guest_memfd(self._lanes)
+        _tools(self._ticket).use_guest_memfd(self._lanes)
 
     def unpin_all(self) -> None:
         """Drop every pin that KVM holds on each VM's memory, as it must before the VM's memory is gone."""
-        _kit(self._ticket).unpin_all(self._lanes)
+        _tools(self._ticket).unpin_all(self._lanes)

@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from spepolicy.drivers.kit import Kit
+from spepolicy.drivers.tools import Tools
 
 
 @contextmanager
 def timed_tools() -> Iterator[list[float]]:
     """Yield a list to which every call of a tool adds the CPU time of its thread, in s, while the context lasts."""
     spent: list[float] = []
-    tools = {name: tool for name, tool in vars(Kit).items() if not name.startswith("_")}
+    tools = {name: tool for name, tool in vars(Tools).items() if not name.startswith("_")}
     for name, tool in tools.items():
-        setattr(Kit, name, _timed(tool, spent))
+        setattr(Tools, name, _timed(tool, spent))
     try:
         yield spent
     finally:
         for name, tool in tools.items():
-            setattr(Kit, name, tool)
+            setattr(Tools, name, tool)
 
 
 def _timed(tool: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:

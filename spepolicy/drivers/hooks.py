@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.batch import Vcpus, Vms, tools
-from spepolicy.drivers.kit import Kit
+from spepolicy.batch import Vcpus, Vms, lent
+from spepolicy.drivers.tools import Tools
 from spepolicy.errors import HookError, SpePolicyError
 from spepolicy.hookspecs import Ownership, PolicySpec, Trap
 from spepolicy.machine import answers
@@ -111,7 +111,7 @@ def call_hook(
     """
     name = _HOOK_NAMES[hook]
     vcpus = m.vm["hook_vcpu"][lanes]
-    with tools(Kit(m, handle)) as ticket:
+    with lent(Tools(m, handle)) as ticket:
         try:
             caller = getattr(manager.hook, name)
             if hook in _VM_HOOKS:

@@ -15,9 +15,8 @@ from spepolicy.machine.scenario import Scenario
 Ints = NDArray[np.int64]
 
 WINDOW_ROW = np.dtype([("lane", np.int64), *WINDOW.descr])
-# Arrays that are copied from the machine, and those that are made of them.
-KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")
-_MADE = ("replicates", "host_elapsed_ps", "finished")
+KEPT = ("vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen")  # of the machine
+PER_LANE = (*KEPT, "replicates", "host_elapsed_ps", "finished")  # arrays of a Result with a row a lane
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Result:
     lost: Ints  # [N, V, LOST_CAUSES]
     blackout_ps: Ints  # [N, V, LOST_CAUSES]
     claims: Ints  # [N, 6, 6] claimed, true
-    host_ops: Ints  # [N, 16]
+    host_ops: Ints  # [N, len(HostOp)]
     exposure_ps: Ints  # [N, V, D]
     seen: Ints  # [N, V, F]
     windows: NDArray[np.void]  # lane and WINDOW, in order of lane and time
@@ -64,8 +63,7 @@ def joined(parts: Sequence[Result], seconds: float) -> Result:
         rows["lane"] += offset
         offset += len(part.replicates)
         windows.append(rows)
-    names = (*KEPT, *_MADE)
-    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in PER_LANE}
     return replace(
         parts[0],
         windows=np.concatenate(windows),

@@ -1,10 +1,7 @@
-"""KVM's tools, as batches (`spepolicy.batch`) reach them: each call goes to the machine, and its time is taken."""
+"""KVM's tools, as batches (`spepolicy.batch`) reach them: each call goes to the machine."""
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,39 +16,16 @@ Ints = NDArray[np.int64]
 _SHADOWS = {"pmbptr": "shadow_ptr", "pmblimitr": "shadow_limit", "pmbsr": "guest_pmbsr"}  # Ownership.KVM
 
 
-def _timed(tool: Callable[..., Any]) -> Callable[..., Any]:
-    """Let *tool*, a method of `Tools`, add its CPU time to `spent_s`."""
-
-    @functools.wraps(tool)
-    def timed(self: Tools, *arguments: Any) -> Any:
-        begin = time.thread_time()
-        try:
-            return tool(self, *arguments)
-        finally:
-            self.spent_s += time.thread_time() - begin
-
-    return timed
-
-
-def _time_tools(cls: type) -> type:
-    for name, member in list(vars(cls).items()):
-        if not name.startswith("_"):
-            setattr(cls, name, _timed(member))
-    return cls
-
-
-@_time_tools
 class Tools:
     """The tools of `spepolicy.batch`, bound to the machine for the time of one hook."""
 
     def __init__(self, m: Machine, handle: Any) -> None:
         self._machine = m
         self._m = handle
-        self.spent_s = 0.0
 
     def register(self, name: str, lanes: Ints, vcpus: Ints) -> NDArray[np.uint64]:
-        if len(lanes) and self._machine.par["own_buffer"][lanes[0]]:  # of the policy: the same in all lanes
-            name = _SHADOWS.get(name, name)
+        if name in _SHADOWS and len(lanes) and self._machine.par["own_buffer"][lanes[0]]:  # the same in all lanes
+            name = _SHADOWS[name]
         values: NDArray[np.uint64] = self._machine.vcpu[name][lanes, vcpus].view(np.uint64)
         return values
 
@@ -128,5 +102,5 @@ class Tools:
     def resume(self, lanes: Ints, vcpus: Ints) -> None:
         answers.resume(self._m, lanes, vcpus)
 
-    def claim(self, lanes: Ints, vcpus: Ints, causes: Ints) -> None:
+    def claim(self, lanes: Ints, vcpus: Ints, causes: Ints | int) -> None:
         self._machine.vcpu["claim"][lanes, vcpus] = causes

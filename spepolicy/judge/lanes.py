@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from spepolicy.drivers.result import Result
+from spepolicy.drivers.result import PER_LANE, Result
 
 __all__ = ["Floats", "finished_lanes", "lane_sum", "ratio", "take_lanes", "vcpu_host_ps"]
 
 Floats = NDArray[np.float64]
-
-_PER_LANE = ("replicates", "vm", "vcpu", "truth", "lost", "blackout_ps", "claims", "host_ops", "exposure_ps", "seen",
-             "host_elapsed_ps", "finished")  # fmt: skip
 
 
 def take_lanes(result: Result, index: NDArray[np.int64]) -> Result:
@@ -30,7 +26,7 @@ def take_lanes(result: Result, index: NDArray[np.int64]) -> Result:
     windows = result.windows[number[result.windows["lane"]] >= 0].copy()
     windows["lane"] = number[windows["lane"]]
     windows = windows[np.argsort(windows["lane"], kind="stable")]
-    return replace(result, windows=windows, **{name: getattr(result, name)[index] for name in _PER_LANE})
+    return replace(result, windows=windows, **{name: getattr(result, name)[index] for name in PER_LANE})
 
 
 def finished_lanes(result: Result) -> Result:

@@ -11,7 +11,7 @@ __all__ = ["GuestAct", "Moment"]
 
 
 class GuestAct(IntEnum):
-    """One act of a vCPU, on pages of its AUX buffer from the one that the SPU writes to next, or on its registers.
+    """One act of a vCPU, on pages of its AUX ring from the one that the SPU writes to next, or on its registers.
 
     Acts on translations edit the guest's own stage 1 tables, by a TLBI after it or without one (spe.md rule 32).
     """

@@ -1,7 +1,7 @@
 """A lane's memory at the start: guest RAM, scattered AUX pages, stage 1 tables that reach them, KVM's stage 2 tables.
 
 Guest pages are handed out in the order of a bijection of [0, ram_pages): stage 1 tables first, then the AUX pages of
-each vCPU. So the AUX buffer is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it. A driver
+each vCPU. So the AUX ring is contiguous in VA and scattered in IPA, as rb_alloc_aux() and vmap() leave it. A driver
 that gives the SPU physical addresses (FEAT_SPE_nVM) allocates it contiguous and aligned to its size instead.
 """
 
@@ -59,7 +59,7 @@ TCR_EL1 = 16 | (1 << 7) | (16 << 16) | (2 << 30) | (5 << 32)
 MAIR_EL1 = 0xFF
 HCR_GUEST = HCR_VM | HCR_PTW
 
-# Kernel virtual addresses as int64. Each vCPU's AUX buffer has a window of 128 MiB in the vmalloc area.
+# Kernel virtual addresses as int64. Each vCPU's AUX ring has a window of 128 MiB in the vmalloc area.
 BUFFER_VA0 = -(1 << 47) + 0x1000_0000
 BUFFER_WINDOW_SHIFT = 27
 
@@ -88,7 +88,7 @@ def scatter(par: Any, index: int) -> int:
 
 @jit
 def guest_page(par: Any, k: int, generation: int, n: int) -> int:
-    """Return the guest page behind page *n* of vCPU *k*'s AUX buffer in its *generation*-th perf session."""
+    """Return the guest page behind page *n* of vCPU *k*'s AUX ring in its *generation*-th perf session."""
     per_generation = par.vcpus * par.buffer_pages
     tables = _table_pages(par)
     generations = (par.ram_pages - tables) // per_generation
@@ -152,7 +152,7 @@ def _guest_table(m: Machine, i: int, role: int) -> int:
 
 @jit
 def _map_stage1(m: Machine, i: int, va: int, page: int) -> None:
-    """The guest maps one page of its AUX buffer, making tables on the way."""
+    """The guest maps one page of its AUX ring, making tables on the way."""
     vm = vm_row(m, i)
     par = params(m, i)
     address = vm.ttbr1 & OA_MASK

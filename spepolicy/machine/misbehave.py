@@ -83,7 +83,7 @@ _ACT, _EVERY, _AT, _MOMENT, _TLBI, _PAGES = range(6)
 
 @jit
 def _offset(m: Machine, i: int, k: int) -> int:
-    """Return the offset into the AUX buffer of the page that the SPU writes to next."""
+    """Return the offset into the AUX ring of the page that the SPU writes to next."""
     par = params(m, i)
     v = vcpu_row(m, i, k)
     enabled = read_limit(par, v) & PMBLIMITR_E != 0

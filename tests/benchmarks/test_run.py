@@ -34,15 +34,15 @@ def test_table_has_every_figure(benchmark: ModuleType, capsys: pytest.CaptureFix
 
 
 def test_tools_are_timed_while_the_context_lasts(benchmark: ModuleType) -> None:
-    from spepolicy.drivers.kit import Kit
+    from spepolicy.drivers.tools import Tools
 
-    before = dict(vars(Kit))
+    before = dict(vars(Tools))
     with benchmark.timed_tools() as spent:
-        assert vars(Kit)["pin_fresh"] is not before["pin_fresh"]
+        assert vars(Tools)["pin_fresh"] is not before["pin_fresh"]
         with pytest.raises(AttributeError):
-            Kit(None, None).trap_eret(None, None, True)  # type: ignore[arg-type]
+            Tools(None, None).trap_eret(None, None, True)  # type: ignore[arg-type]
     assert len(spent) == 1
-    assert dict(vars(Kit)) == before
+    assert dict(vars(Tools)) == before
 
 
 def test_a_row_that_misses_its_bar_fails(benchmark: ModuleType) -> None:
