@@ -279,7 +279,7 @@ def test_a_vcpu_that_is_not_sampled_loses_no_time_and_drains_what_is_in_flight()
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize(("user", "kernel"), [(True, False), (False, True), (True, True)])
 def test_time_is_wanted_at_the_levels_that_are_profiled(level: int, user: bool, kernel: bool) -> None:
-    """DESIGN 5: wanted is guest time in which profiling should be on at the current EL; black what is not active."""
+    """Wanted is guest time in which profiling should be on at the current EL; black what is not active."""
     bench = Bench(guest={"profile_user": user, "profile_kernel": kernel})
     v, tr = bench.v, bench.tr
     v.wanted, v.level, v.now_ps, v.host_ps, v.stop_cause = 1, level, 10_000, 500, LostCause.BUFFER_FULL

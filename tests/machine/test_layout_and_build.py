@@ -122,7 +122,7 @@ def parameters(host: Host | None = None, **behaviour: bool | int) -> dict[str, i
 
 @pytest.mark.parametrize("name", ["own_buffer", "hidden"])
 def test_without_a_vm_there_is_no_kvm_between(name: str) -> None:
-    """What a policy's set-up says of KVM holds in a VM only; hooks and the host's events likewise (DESIGN 5)."""
+    """What a policy's set-up says of KVM holds in a VM only; hooks and the host's events likewise."""
     ops = ((int(HostOp.AGE), 1000, 1),)
     host = Host(kind=HostKind.RANDOM, random_ops=ops)
     for virtualized in (False, True):
