@@ -99,7 +99,8 @@ def _written(m: Machine, i: int, k: int) -> int:
     if word & FRAME != entry[1]:
         # A pin keeps the old frame from being given away; without one it may be anybody's by now.
         return _B_DIVERGED if word & PIN_MASK != 0 else _B_OUTSIDE
-    n = entry[0] - (v.buffer_va >> 12)
+    begin = v.buffer_base if par.physical != 0 else v.buffer_va  # of PMBPTR_EL1: an IPA with nVM, else a VA
+    n = entry[0] - (begin >> 12)
     if n < 0 or n >= par.buffer_pages:
         return _B_OUTSIDE
     # Without a TLBI the SPU may go on with what its TLB holds (spe.md rule 32).

@@ -54,6 +54,7 @@ class Settings:
     buffer_pages: int = 4
     buffer_mapped: bool = False
     paravirtual: bool = False  # the driver announces its buffers to KVM
+    physical_buffer: bool = False  # it gives the SPU physical addresses of a contiguous ring, where that is offered
     sessions: tuple[str, ...] = ("el0_el1", "el0", "el1")
     edits: str = "disabled"
     tlbi: tuple[bool, ...] = (True,)  # edits with TLBI, and without
@@ -119,6 +120,7 @@ def _scenario(settings: Settings) -> Scenario:
             buffer_pages=settings.buffer_pages,
             buffer_mapped=settings.buffer_mapped,
             paravirtual=settings.paravirtual,
+            physical_buffer=settings.physical_buffer,
             session=SessionMode.PER_TASK,
             jitter=False,
             task_on_ps=1,

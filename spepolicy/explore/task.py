@@ -55,6 +55,7 @@ def settings_from(config: Mapping[str, Any], scenario: Scenario) -> Settings:
         host_ops=lists["host_ops"],
         host_targets=lists["host_targets"],
         paravirtual=scenario.guest.paravirtual,
+        physical_buffer=scenario.guest.physical_buffer,
         cpu=scenario.cpu,
         irq_delivery=scenario.kvm.irq_delivery,
         bug=scenario.kvm.bug,

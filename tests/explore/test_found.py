@@ -236,6 +236,17 @@ def test_cycling_buffers_exhausts_memlock(policy: str) -> None:
     assert not ways(outcome, Kind.OVER_LIMIT)
 
 
+def test_a_buffer_of_physical_addresses_pins_no_tables_and_stays_the_guests() -> None:
+    """P13: with PMBLIMITR_EL1.nVM the SPU writes to the IPAs that the driver names. A limit of the ring is enough,
+    no order of events makes a blackout, and what is written lands in the ring. Without nVM tables are pinned, too.
+    """
+    limit: dict[str, Any] = {"cpu": Cpu(features=("nVM",)), "memlock_pages": 2}
+    physical = explored("physical_mode", 10, physical_buffer=True, **limit)
+    assert physical.states > 500
+    assert not physical.found
+    assert ways(explored("physical_mode", 10, physical_buffer=False, **limit), Kind.REFUSED)
+
+
 def test_a_policy_that_forgets_its_pins_is_found_out() -> None:
     (found,) = ways(search_instance(Leaky(), 6), Kind.LEAK)
     assert names(found) == ["open {1,1}", "vm_end"]
