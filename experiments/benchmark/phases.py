@@ -30,7 +30,7 @@ JOBS = {
     "main job": ("+policy=eager_pin",),
     "1,024 lanes": ("+policy=eager_pin", "guest.vcpus=1", "replicates=1024", "duration=100ms", "baselines=[]"),
 }
-QUICK = {"main job": ("+policy=eager_pin", "replicates=2", "duration=20ms", "tracking=none")}
+QUICK = {"main job": ("+policy=eager_pin", "replicates=64", "duration=100ms", "tracking=none")}
 
 START, LOADING, DRIVER = "start: imports, configuration", "start: loading compiled code", "lanes: memory, driver"
 POLICY, TOOLS, JUDGE, OUTPUT, TRACKING = "hooks: policies", "hooks: KVM's tools", "judge", "output", "MLflow's process"
