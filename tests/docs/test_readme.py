@@ -19,7 +19,7 @@ from spepolicy.plugins import installed_policies
 from spepolicy.recording import DEFAULT, shipped
 from spepolicy.usage import conf_names
 
-from . import picture
+from . import performance, picture
 from .pages import ROOT, Block, Row, as_shown, blocks, elided, environment, matches, result_rows, run
 from .provided import PAGES, provide
 
@@ -179,6 +179,13 @@ def test_the_example_policy_does_what_the_page_says(install: Callable[..., Path]
     stolen = re.search(r"vCPU time stolen, %\s+([\d.]+)(?: \+- [\d.]+)?\s+0\s+([\d.]+)", output)
     assert stolen is not None, output
     assert float(stolen[1]) < 0.7 * float(stolen[2])
+
+
+# ---- performance -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_performance_is_what_the_benchmarks_wrote() -> None:
+    assert performance.shown() == performance.table(), "run `python -m tests.docs.performance`"
 
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
