@@ -138,10 +138,6 @@ class CpuSettings:
     features: list[str] = _names(  # noqa: RUF009 - it is a dataclasses.field
         "optional features of the SPE version", tuple(OPTIONAL), "spe.md 1.1"
     )
-    min_interval: int = _count(
-        "interval that PMSIDR_EL1.Interval recommends at least", 256, 4096, "min_interval_ops", "spe.md 1.5",
-        multiple_of=256, unit="ops",
-    )  # fmt: skip
     external_abort: str = _choice(
         "how an external abort on a buffer write shows itself",
         ("by_version", *(way.name.lower() for way in ExternalAbort)),

@@ -147,7 +147,6 @@ class Cpu:
     irq_latency_ps: int = 1_000_000  # S=1 until the core takes PMBIRQ (asynchronous, profiling is already off)
     fine_grained_traps: bool = False  # FEAT_FGT: KVM can trap ERET and PMBIDR_EL1
     features: tuple[str, ...] = ()  # names of spepolicy.arch.versions.OPTIONAL
-    min_interval_ops: int = 4096  # PMSIDR_EL1.Interval: what the implementation recommends
     external_abort: ExternalAbort = ExternalAbort.SYNCHRONOUS
     external_abort_every: int = 0  # mean number of record writes between external aborts; 0: none
     late_fault_samples: int = 0  # samples after a faulting one that are taken and lost before it is reported (v1p5)
