@@ -117,8 +117,8 @@ def ordinary_exit(m: Machine, i: int, k: int, preempted: bool) -> int:
     drain(m, i, k)
     cost = par.exit_ps
     if preempted:
-        cost += scaled_exponential(exponential(m), draw(v.key_kvm, v.kvm_draws), par.preempt_ps)
         v.kvm_draws += 1
+        cost += scaled_exponential(exponential(m), draw(v.key_kvm, v.kvm_draws), par.preempt_ps)
         v.preempt_next_ps = v.now_ps + _gap(m, v, par.preempt_interval_ps)
         tr.preemptions += 1
     else:

@@ -36,6 +36,22 @@ def test_an_exit_costs_and_one_with_spe_in_the_guest_costs_the_switch_too(enable
     assert other == 0, "the other clock is left alone"
 
 
+def test_how_long_a_preemption_lasts_does_not_depend_on_when_it_came() -> None:
+    """The length and the gap before it are draws of their own: with equal means they were the same number once."""
+    bench = Bench(virtualized=True)
+    bench.par.preempt_interval_ps = bench.par.preempt_ps = 1 << 40
+    gaps, lengths = [], []
+    with np.errstate(over="ignore"):
+        for _ in range(400):
+            before, now = int(bench.tr.other_host_ps), int(bench.v.now_ps)
+            bench.call("kvm.ordinary_exit", 0, True)
+            lengths.append(int(bench.tr.other_host_ps) - before - int(bench.par.exit_ps))
+            gaps.append(int(bench.v.preempt_next_ps) - now)
+    assert abs(np.corrcoef(gaps[:-1], lengths[1:])[0, 1]) < 0.2
+    assert abs(np.corrcoef(gaps, lengths)[0, 1]) < 0.2
+    assert np.mean(lengths) == pytest.approx(1 << 40, rel=0.2)
+
+
 def test_an_exit_ends_the_operation_in_flight() -> None:
     bench = Bench(virtualized=True)
     bench.v.flight, bench.v.flight_outcome = 1, 0
