@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spepolicy.machine.draw import draws
 
 __all__ = ["KINDS", "SHARE_BITS", "DataAddresses", "Region", "data_addresses"]
 
@@ -68,6 +67,8 @@ def data_addresses(
     refill = events & np.uint64(_L1D_REFILL) != 0
     lists = known.list_of[function, 2 * (kind == _STORE_ONLY) + refill]
     chosen = lists >= 0
+    from spepolicy.machine.draw import draws  # compiled code: a configuration is read without it
+
     bits = draws(logged[chosen], at_ps[chosen])
     share = (bits & np.uint64((1 << SHARE_BITS) - 1)).astype(np.int64)
     extent = np.searchsorted(known.below, (lists[chosen] << SHARE_BITS) + share, side="right")
