@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-
 __all__ = ["KINDS", "SHARE_BITS", "DataAddresses", "Region", "data_addresses"]
 
 KINDS = ("load", "load_miss", "store", "store_miss")
