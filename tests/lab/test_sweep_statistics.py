@@ -84,6 +84,11 @@ def test_a_difference_without_spread_is_exact() -> None:
     assert (more.mean, more.low, more.high, more.p, more.sign()) == (2.0, 2.0, 2.0, 0.0, 1)
 
 
+def test_a_spread_whose_square_is_below_the_floats_is_none() -> None:
+    (found,) = differences([outcome("a", [0.0, 1e-208]), outcome("b", [1e-208, 0.0])], [METRIC])
+    assert (found.mean, found.low, found.high, found.p, found.sign()) == (0.0, 0.0, 0.0, 1.0, 0)
+
+
 def test_only_equal_lanes_are_compared() -> None:
     longer = outcome("a", [9.0, 1.0, 2.5, 3.0])
     shorter = outcome("b", [1.0, 2.0, np.nan])

@@ -112,11 +112,12 @@ def _interval(values: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     from scipy import stats
 
     mean: Floats = values.mean(axis=0)
-    steady = np.ptp(values, axis=0) == 0  # no spread: the test would divide by 0
+    equal = np.ptp(values, axis=0) == 0
+    steady = equal | (values.var(axis=0) == 0)  # no spread, or one whose square is below the floats: a division by 0
     with np.errstate(invalid="ignore", divide="ignore"):
         tested = stats.ttest_1samp(np.where(steady, values + np.arange(len(values))[:, None], values), 0.0, axis=0)
         interval = tested.confidence_interval(CONFIDENCE)
-    mean = np.where(steady, values[0], mean)
+    mean = np.where(equal, values[0], mean)
     low, high = np.where(steady, mean, interval.low), np.where(steady, mean, interval.high)
     p = np.where(steady, np.where(mean == 0, 1.0, 0.0), tested.pvalue)
     return mean, low, high, p
