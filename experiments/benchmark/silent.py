@@ -61,10 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load = load_average()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--force", str(base), options.base],
-            check=True, capture_output=True,
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
+        if done.returncode != 0:  # a copy without history has nothing to compare with
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            return deliver(
+                [Row("silent: not measured", f"git has no {options.base} here: {reason}")], load, options.json
+            )
         try:
             engines = {
                 "before": _importable(base, Path(folder) / "before"),
